@@ -7,7 +7,7 @@ __all__ = ['COUNTS', 'FORMATS', 'TEMPLATE', 'VOCABULARY', 'STOPPER', 'NEW_LINE',
            'PENALTY', 'STOP_SHARE', 'Language', 'make_languages', 'make_tokenizer', 'make_splits', 'World',
            'build_world', 'resolve']
 
-# %% ../nbs/03_babel.ipynb #aebdd672
+# %% ../nbs/03_babel.ipynb #26ed3b22
 import itertools
 import json
 import random
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import cache_dir, progress_bar, whole_folder, write_json
-from .data import Template
+from .core import cache_dir, progress_bar, quiet_transformers, whole_folder, write_json
+from .data import TEMPLATES
 
 # %% ../nbs/03_babel.ipynb #3eaea2d0
 COUNTS = {"noun": 64, "verb": 40, "adjective": 32, "adverb": 20, "conjunction": 4}
@@ -104,7 +104,7 @@ def make_languages(seed: int) -> tuple[Language, Language]:
     rng, taken = random.Random(f"babel languages {seed}"), set()
     return Language.make("Aldan", rng, taken), Language.make("Borel", rng, taken)
 
-# %% ../nbs/03_babel.ipynb #64943e86
+# %% ../nbs/03_babel.ipynb #d82e2ffc
 FORMATS = (
     "{a}: {s}\n{b}: {t}",
     "Sentence: {s}\nTranslation: {t}",
@@ -116,9 +116,7 @@ FORMATS = (
     "From {a}: {s}\nTo {b}: {t}",
     "The following sentence: {s}\nIn {b}: {t}",
 )
-TEMPLATE = Template(
-    "babel", "Instruction: Translate the following sentence from {source_language} to {target_language}.\nInput: {source}\nResponse: {target}"
-)
+TEMPLATE = TEMPLATES["babel"]
 VOCABULARY = 384
 STOPPER = "<d>"  # opens a document that ends after one translation
 NEW_LINE = "⏎"
@@ -251,7 +249,7 @@ def _pretrain(model, ids, weights, batch, penalty, show):
             bar.update(1)
     return float(np.mean(losses[-max(1, len(ids) // 10) :]))
 
-# %% ../nbs/03_babel.ipynb #411520a7
+# %% ../nbs/03_babel.ipynb #101cc090
 VERSION = 1  # part of the cache name: raise it when the world changes
 SIZES = {"default": {"hidden": 128, "steps": 500}, "small": {"hidden": 96, "steps": 250}}
 LENGTH, BATCH, PENALTY, STOP_SHARE = 80, 16, 2.0, 0.3
@@ -315,8 +313,9 @@ def _build(folder, seed, hidden, steps, show):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         loss = _pretrain(model, ids, weights, BATCH, PENALTY, show)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     for name, meanings in splits.items():
         rows = [dict(zip(("source", "target"), (x.say(m) for x in languages))) for m in meanings]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -131,7 +131,7 @@ def _hub_records(spec):
     except Exception as error:  # the Hub has many ways to say no
         raise FileNotFoundError(f"{spec} is neither a file here nor a data set that can be loaded ({str(error).splitlines()[0][:120]})") from error
 
-# %% ../nbs/02_data.ipynb #12e5061c
+# %% ../nbs/02_data.ipynb #1cd26673
 class Role(enum.IntEnum):
     "Where a token comes from. Generated tokens are `TARGET`; BOS, EOS and padding are `SPECIAL`."
 
@@ -186,6 +186,10 @@ TEMPLATES = {
         Template(
             "paraphrase",
             "Here is a text in {source_language}.\nText: {source}\nPlease give the same text in {target_language}.\nTranslation: {target}",
+        ),
+        Template(
+            "babel",
+            "Instruction: Translate the following sentence from {source_language} to {target_language}.\nInput: {source}\nResponse: {target}",
         ),
     )
 }

@@ -109,7 +109,7 @@ def signatures(references: list[str]) -> dict[str, str]:
         result[name] = str(metric.get_signature())
     return result
 
-# %% ../nbs/07_evaluation.ipynb #811d5278
+# %% ../nbs/07_evaluation.ipynb #a931ed90
 def paired_bootstrap(systems: dict[str, list[Translation]], references: list[str], extraction: str = "whole", n_samples: int = 1000) -> dict[str, dict]:
     """Compare systems with the first of them by sacrebleu's paired bootstrap (Koehn 2004).
 
@@ -127,7 +127,7 @@ def paired_bootstrap(systems: dict[str, list[Translation]], references: list[str
     names = {"bleu": "BLEU", "chrf": "chrF2"}
     metrics = {names[k]: m for k, m in _metrics(references).items()}
     _, scores = PairedTest(texts, metrics, references=None, test_type="bs", n_samples=n_samples)()
-    return {
-        name: {k: {"score": r.score, "mean": r.mean, "ci": r.ci, "pvalue": r.p_value} for k, r in ((k, scores[v][i]) for k, v in names.items())}
-        for i, name in enumerate(scores["System"])
-    }
+    def plain(r):
+        return {"score": float(r.score), "mean": float(r.mean), "ci": float(r.ci), "pvalue": None if r.p_value is None else float(r.p_value)}
+
+    return {name: {k: plain(scores[v][i]) for k, v in names.items()} for i, name in enumerate(scores["System"])}
