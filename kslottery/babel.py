@@ -145,8 +145,8 @@ def make_tokenizer(languages):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", extra_special_tokens=[STOPPER]
     )
 
-# %% ../nbs/03_babel.ipynb #ffd848da
-SPLITS = {"train": 300, "dev": 100, "test": 200, "calibration": 400}
+# %% ../nbs/03_babel.ipynb #4b632182
+SPLITS = {"train": 600, "dev": 100, "test": 200, "calibration": 400}
 
 
 def make_splits(seed: int) -> dict[str, list]:

@@ -18,7 +18,7 @@ from .core import progress_bar
 from .data import Example, collate
 from .rows import TunedRows, input_embedding
 
-# %% ../nbs/06_tuning.ipynb #994c8abc
+# %% ../nbs/06_tuning.ipynb #3a953697
 class _Wrapped(torch.nn.Module):
     "What the Trainer sees: the parameters that learn, and a model that reads them."
 
@@ -33,6 +33,7 @@ class _Wrapped(torch.nn.Module):
 def _train(model, examples, pad_id, *, lr, epochs, batch_size, seed, label, progress, rows=None):
     "Train what has requires_grad in `model` (and `rows`, if given) on the examples; returns the mean loss of the last epoch."
     from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     if not examples:
         raise ValueError("there are no examples to train on")
@@ -53,7 +54,7 @@ def _train(model, examples, pad_id, *, lr, epochs, batch_size, seed, label, prog
         trainer = Trainer(
             trained, arguments, train_dataset=examples, data_collator=lambda batch: collate(batch, pad_id), callbacks=[Bar()],
         )  # fmt: skip
-        trainer.pop_callback("PrinterCallback")
+        trainer.pop_callback(PrinterCallback)  # the bar is enough
         with rows.applied(model) if rows is not None else contextlib.nullcontext():
             trainer.train()
     model.eval()

@@ -1,0 +1,42 @@
+# make run: the quickstart.  make test: all tests.  Both set themselves up.  make help lists the rest.
+PYTHON ?= python3.11
+BIN := .venv/bin
+SEED ?= 0
+RUN ?= runs/quickstart
+
+.PHONY: help setup run run-real test test-full export notebooks docs-check clean
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+setup: .venv/ready ## make .venv with pinned dependencies and the library in editable mode
+
+.venv/ready: constraints.txt settings.ini setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here: install Python 3.11, or name another with make PYTHON=..."; exit 1; }
+	@echo "Setting up .venv (once; a minute or three) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+run: .venv/ready ## the quickstart on the built-in model: runs/quickstart/ (SEED=7 takes another seed)
+	@$(BIN)/kslottery run quickstart -p seed=$(SEED) -p out=$(RUN)
+
+run-real: .venv/ready ## the same on real text: DATA=<folder with train/ and ntrex/>
+	@test -d "$(DATA)" || { echo "make run-real needs DATA=<folder with train/en-XX.tsv.gz and ntrex/*.txt>"; exit 2; }
+	@$(BIN)/kslottery run real -p data=$(abspath $(DATA)) -p out=runs/real
+
+test: .venv/ready ## notebooks clean and in sync, every notebook at its fast size, pytest, ruff
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check kslottery tests setup.py && $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
+
+test-full: .venv/ready ## make test and what is slow: full sizes, several seeds
+	@$(BIN)/python -m pytest $(PYTEST)
+
+export: .venv/ready ## notebooks -> kslottery/, and README.md
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+notebooks: .venv/ready ## execute the notebooks at full size and store their outputs
+	@$(BIN)/python tests/execute.py
+
+clean: ## remove what can be built again (the environment, builds; not runs/)
+	rm -rf .venv _proc _docs _build *.egg-info .pytest_cache .ruff_cache
