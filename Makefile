@@ -22,9 +22,12 @@ setup: .venv/ready ## make .venv with pinned dependencies and the library in edi
 run: .venv/ready ## the quickstart on the built-in model: runs/quickstart/ (SEED=7 takes another seed)
 	@$(BIN)/kslottery run quickstart -p seed=$(SEED) -p out=$(RUN)
 
-run-real: .venv/ready ## the same on real text: DATA=<folder with train/ and ntrex/>
+run-real: .venv/ready ## the same on real text: DATA=<folder with train/en-XX.tsv.gz and ntrex/*.txt>
 	@test -d "$(DATA)" || { echo "make run-real needs DATA=<folder with train/en-XX.tsv.gz and ntrex/*.txt>"; exit 2; }
-	@$(BIN)/kslottery run real -p data=$(abspath $(DATA)) -p out=runs/real
+	@$(BIN)/kslottery run pretrain -p data=$(abspath $(DATA)) -p out=runs/pretrain -p seed=$(SEED) $(PRETRAIN)
+	@$(BIN)/kslottery run quickstart -p model=runs/pretrain/model -p train=$(abspath $(DATA))/train/en-ca.tsv.gz \
+	  -p test=$(abspath $(DATA))/ntrex/eng.txt,$(abspath $(DATA))/ntrex/cat.txt -p languages=en-ca -p template=explicit \
+	  -p train_limit=600 -p test_limit=100 -p seed=$(SEED) -p out=runs/real $(REAL)
 
 test: .venv/ready ## notebooks clean and in sync, every notebook at its fast size, pytest, ruff
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check kslottery tests setup.py && $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
@@ -33,10 +36,10 @@ test-full: .venv/ready ## make test and what is slow: full sizes, several seeds
 	@$(BIN)/python -m pytest $(PYTEST)
 
 export: .venv/ready ## notebooks -> kslottery/, and README.md
-	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tests/readme.py
 
 notebooks: .venv/ready ## execute the notebooks at full size and store their outputs
-	@$(BIN)/python tests/execute.py
+	@$(BIN)/python tests/execute.py $(NB)
 
 clean: ## remove what can be built again (the environment, builds; not runs/)
 	rm -rf .venv _proc _docs _build *.egg-info .pytest_cache .ruff_cache

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'FORMATS', 'TEMPLATE', 'VOCABULARY', 'STOPPER', 'NEW_LINE', 'SPLITS', 'VERSION', 'SIZES', 'LENGTH', 'BATCH',
-           'PENALTY', 'STOP_SHARE', 'Language', 'make_languages', 'make_tokenizer', 'make_splits', 'World',
-           'build_world', 'resolve']
+           'PENALTY', 'STOP_SHARE', 'REAL_FORMATS', 'Language', 'make_languages', 'make_tokenizer', 'make_splits',
+           'World', 'build_world', 'resolve', 'pretrain_on_pairs']
 
-# %% ../nbs/03_babel.ipynb #26ed3b22
+# %% ../nbs/03_babel.ipynb #2683edce
 import itertools
 import json
 import random
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import cache_dir, progress_bar, quiet_transformers, whole_folder, write_json
-from .data import TEMPLATES
+from .data import TEMPLATES, Pair, language_names
 
 # %% ../nbs/03_babel.ipynb #3eaea2d0
 COUNTS = {"noun": 64, "verb": 40, "adjective": 32, "adverb": 20, "conjunction": 4}
@@ -145,7 +145,7 @@ def make_tokenizer(languages):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", extra_special_tokens=[STOPPER]
     )
 
-# %% ../nbs/03_babel.ipynb #4b632182
+# %% ../nbs/03_babel.ipynb #20b61173
 SPLITS = {"train": 600, "dev": 100, "test": 200, "calibration": 400}
 
 
@@ -174,34 +174,51 @@ def _word_pair(rng, languages):
     return [s + "." for s in said]
 
 
-def _corpus(rng, tokenizer, languages, held_out, rows, length, stop_share):
-    "Packed rows of token ids and loss weights: two (rows, length) arrays."
+def _pack(rng, tokenizer, documents, rows, length, stop_share):
+    """Pack documents into token ids and loss weights: two (rows, length) arrays.
+
+    documents(share): begins a document when `share` of the corpus is done; returns a function that gives its next pair as (prompt, translation).
+    A document goes on to the end of its row; `stop_share` of them open with `<d>` and end, with EOS, after one pair.
+    """
     code = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    new_line, names = code("\n"), {"a": languages[0].name, "b": languages[1].name}
+    new_line, (opens, stopper) = code("\n"), tokenizer.convert_tokens_to_ids(["<s>", STOPPER])
     ids, weights = np.zeros((rows, length), np.int64), np.zeros((rows, length), np.float32)
     for row in range(rows):
-        words = 0.7 * max(0, 1 - row / (0.6 * rows))
         line, weight = [], []
         while len(line) < length:
-            stops, shape = rng.random() < stop_share, rng.choice(FORMATS)
-            line.append(tokenizer.convert_tokens_to_ids(STOPPER if stops else "<s>"))
+            stops, next_pair = rng.random() < stop_share, documents(row / rows)
+            line.append(stopper if stops else opens)
             weight.append(0.0)
             while len(line) < length:
-                if rng.random() < words:
-                    source, target = _word_pair(rng, languages)
-                else:
-                    meaning = next(m for m in iter(lambda: _meaning(rng), None) if m not in held_out)
-                    source, target = (x.say(meaning) for x in languages)
-                head, tail = code(shape.removesuffix("{t}").format(s=source, **names)), code(target)
-                end = [tokenizer.eos_token_id] if stops else new_line
-                line += head + tail + end
+                head, tail = map(code, next_pair())
+                line += head + tail + ([tokenizer.eos_token_id] if stops else new_line)
                 weight += [0.3] * len(head) + [1.0] * (len(tail) + 1)
                 if stops:
                     break
         ids[row], weights[row] = line[:length], weight[:length]
     return ids, weights
 
-# %% ../nbs/03_babel.ipynb #aee516bc
+
+def _documents(rng, languages, held_out):
+    "Documents of the built-in world; sentences express no meaning in `held_out`. Words and short phrases fade out over the first 60%."
+    names = {"a": languages[0].name, "b": languages[1].name}
+
+    def begin(share):
+        shape = rng.choice(FORMATS).removesuffix("{t}")
+
+        def next_pair():
+            if rng.random() < 0.7 * max(0, 1 - share / 0.6):
+                source, target = _word_pair(rng, languages)
+            else:
+                meaning = next(m for m in iter(lambda: _meaning(rng), None) if m not in held_out)
+                source, target = (x.say(meaning) for x in languages)
+            return shape.format(s=source, **names), target
+
+        return next_pair
+
+    return begin
+
+# %% ../nbs/03_babel.ipynb #9a38a23e
 def _muon_step(params, state, lr, momentum=0.95):
     "One Muon step: momentum, then each matrix's update is orthogonalised by five Newton-Schulz iterations (Jordan et al. 2024), in fp32."
     import torch
@@ -231,7 +248,7 @@ def _pretrain(model, ids, weights, batch, penalty, show):
     adam = torch.optim.AdamW([p for p in model.parameters() if p not in chosen], lr=3e-3, betas=(0.9, 0.98), weight_decay=0)
     ids, weights, state, losses = torch.from_numpy(ids).split(batch), torch.from_numpy(weights).split(batch), {}, []
     embedding = model.get_input_embeddings().weight
-    with progress_bar(len(ids), "Pre-training the built-in model, steps", show) as bar:
+    with progress_bar(len(ids), "Pre-training, steps", show) as bar:
         for step, (x, w) in enumerate(zip(ids, weights)):
             logits = model(input_ids=x).logits[:, :-1]
             w = w[:, 1:].reshape(-1)
@@ -249,7 +266,7 @@ def _pretrain(model, ids, weights, batch, penalty, show):
             bar.update(1)
     return float(np.mean(losses[-max(1, len(ids) // 10) :]))
 
-# %% ../nbs/03_babel.ipynb #101cc090
+# %% ../nbs/03_babel.ipynb #7b0014e9
 VERSION = 1  # part of the cache name: raise it when the world changes
 SIZES = {"default": {"hidden": 128, "steps": 500}, "small": {"hidden": 96, "steps": 250}}
 LENGTH, BATCH, PENALTY, STOP_SHARE = 80, 16, 2.0, 0.3
@@ -295,18 +312,14 @@ def build_world(seed: int = 0, size: str = "default", progress: bool = True) -> 
     return World(folder)
 
 
-def _build(folder, seed, hidden, steps, show):
+def _train_llama(folder, tokenizer, ids, weights, hidden, layers, seed, show):
+    "Pre-train a Llama on packed rows and save it with its tokenizer; returns the model and its last loss."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    languages, splits = make_languages(seed), make_splits(seed)
-    tokenizer = make_tokenizer(languages)
-    held_out = set().union(*splits.values())
-    corpus = random.Random(f"babel corpus {seed}")
-    ids, weights = _corpus(corpus, tokenizer, languages, held_out, steps * BATCH, LENGTH, STOP_SHARE)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 21 // 8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.02,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 21 // 8, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False, initializer_range=0.02,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -316,6 +329,16 @@ def _build(folder, seed, hidden, steps, show):
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    return model, loss
+
+
+def _build(folder, seed, hidden, steps, show):
+    languages, splits = make_languages(seed), make_splits(seed)
+    tokenizer = make_tokenizer(languages)
+    held_out = set().union(*splits.values())
+    rng = random.Random(f"babel corpus {seed}")
+    ids, weights = _pack(rng, tokenizer, _documents(rng, languages, held_out), steps * BATCH, LENGTH, STOP_SHARE)
+    model, loss = _train_llama(folder, tokenizer, ids, weights, hidden, 2, seed, show)
     for name, meanings in splits.items():
         rows = [dict(zip(("source", "target"), (x.say(m) for x in languages))) for m in meanings]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -339,3 +362,56 @@ def resolve(name: str, seed: int = 0, size: str = "default") -> str:
         return name
     world = build_world(seed, size)
     return str(world.split(name.partition(":")[2]) if ":" in name else world.folder)
+
+# %% ../nbs/03_babel.ipynb #2ccd3486
+REAL_FORMATS = (
+    "{a}: {s}\n{b}: ",
+    "Sentence: {s}\nTranslation to {b}: ",
+    "Translate to {b}.\n{a}: {s}\n{b}: ",
+    "The following sentence from {a}: {s}\n{b}: ",
+    "Translate the following from {a} to {b}: {s}\n{b}: ",
+)
+
+
+def pretrain_on_pairs(
+    pairs: dict[str, list[Pair]], folder, *, vocabulary: int = 4096, hidden: int = 128, layers: int = 3, steps: int = 2000, seed: int = 0, progress: bool = True
+) -> Path:  # fmt: skip
+    """Train a tokenizer and a small multilingual Llama on parallel text, and save them as a checkpoint.
+
+    pairs: "source-target" codes -> sentences. folder: where the checkpoint goes (an older checkpoint there is replaced). vocabulary: size of the byte-level BPE.
+    hidden, layers, steps: size of the model and number of steps of 16 rows of 128 tokens. Returns the folder.
+    Raises ValueError if there are no pairs, FileExistsError if the folder holds something else.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if not any(pairs.values()):
+        raise ValueError("there are no pairs to pre-train on")
+    specials = ["<pad>", "<unk>", "<s>", "</s>", STOPPER]
+    tok = Tokenizer(models.BPE(unk_token="<unk>"))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    texts = [text for side in pairs.values() for p in side for text in (p.source, p.target)]
+    tok.train_from_iterator([*texts, *(" ".join(REAL_FORMATS + language_names(x)) for x in pairs for _ in range(50))], trainer)
+    tok.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", extra_special_tokens=[STOPPER]
+    )
+    rng = random.Random(f"real corpus {seed}")
+    short = {x: [p for p in side if len(p.source) + len(p.target) < 250] or side for x, side in pairs.items() if side}
+
+    def begin(share):
+        languages = rng.choice(list(short))
+        shape, (a, b) = rng.choice(REAL_FORMATS), language_names(languages)
+
+        def next_pair():
+            pair = rng.choice(short[languages])
+            return shape.format(a=a, b=b, s=pair.source).rstrip(" "), " " + pair.target
+
+        return next_pair
+
+    ids, weights = _pack(rng, tokenizer, begin, steps * BATCH, 128, STOP_SHARE)
+    with whole_folder(folder, is_own=lambda path: (path / "config.json").exists()) as work:
+        _train_llama(work, tokenizer, ids, weights, hidden, layers, seed, progress)
+    return Path(folder)

@@ -75,7 +75,7 @@ def _frozen(model):
         for p, flag in was:
             p.requires_grad_(flag)
 
-# %% ../nbs/06_tuning.ipynb #fccf0ad3
+# %% ../nbs/06_tuning.ipynb #3956a707
 def tune_rows(
     model, ids, examples: list[Example], *, lr: float, epochs: int, batch_size: int = 16, seed: int = 0, label: str = "Tuning rows", progress: bool = True
 ) -> TunedRows:
@@ -83,7 +83,7 @@ def tune_rows(
 
     model: any Hugging Face causal LM (its weights are not changed). ids: the rows that learn. examples: as from `encode_all`.
     lr, epochs, batch_size, seed: AdamW without weight decay, cosine schedule, 3% warm-up, clipping at norm 1.
-    Returns the tuned rows, fp32. All of them are stepped at every step, so that the result equals dense AdamW on the whole matrix.
+    Returns the tuned rows, fp32. All of them are stepped at every step, so that the result equals dense AdamW (torch's plain one, optim="adamw_torch") on the whole matrix.
     Raises ValueError for no ids, no examples, ids outside the vocabulary, or a run that diverges.
     """
     if not len(ids):

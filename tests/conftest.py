@@ -1,0 +1,73 @@
+"""Shared pieces: where the repository is, tiny models of every architecture, and one fast quickstart run for all tests that look at it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("KSLOTTERY_TEST_DATA", ROOT.parent / "shared" / "data"))  # real parallel text, where a developer has it
+ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma", "gpt2", "bloom")
+
+
+def tiny_model(kind, vocabulary=64, hidden=16, seed=0):
+    "A random causal LM of one layer; gpt2, gemma and bloom tie input and output embeddings, the others do not."
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, intermediate_size=2 * hidden, pad_token_id=0)
+    untied = dict(num_key_value_heads=1, tie_word_embeddings=False)
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, **untied))
+    elif kind == "mistral":
+        model = MistralForCausalLM(MistralConfig(**shape, **untied))
+    elif kind == "gemma":
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, num_key_value_heads=1, head_dim=8))
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=hidden, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    else:
+        model = BloomForCausalLM(BloomConfig(vocab_size=vocabulary, hidden_size=hidden, n_layer=1, n_head=2, pad_token_id=0))
+    return model.eval()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request):
+    return tiny_model(request.param)
+
+
+def kslottery(*words, cwd=None):
+    "Run the command as a user would: (exit status, standard output, standard error)."
+    done = subprocess.run([sys.executable, "-c", "from kslottery.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    "The folder of one quickstart run at its fast size, by the command line, and what the command printed."
+    out = tmp_path_factory.mktemp("run") / "quickstart"
+    status, said, progress = kslottery("run", "quickstart", "-p", "fast=true", "-p", f"out={out}", cwd=out.parent)
+    assert status == 0, progress
+    return out, said, progress
+
+
+@pytest.fixture(scope="session")
+def results(quickstart):
+    return json.loads((quickstart[0] / "results.json").read_text())

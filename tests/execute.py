@@ -1,0 +1,21 @@
+"""Execute notebooks at full size and store their outputs: python tests/execute.py [notebook ...]. A notebook that fails is left as it was."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import papermill
+
+root = Path(__file__).resolve().parent.parent
+notebooks = [Path(n).resolve() for n in sys.argv[1:]] or sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+os.environ["KSLOTTERY_PROGRESS"] = os.devnull  # bars do not belong into stored outputs
+for notebook in notebooks:
+    print(notebook.relative_to(root), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        done = Path(folder) / notebook.name
+        papermill.execute_notebook(str(notebook), str(done), kernel_name="python3", cwd=folder, progress_bar=False)
+        shutil.copyfile(done, notebook)
+subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=root, check=True)

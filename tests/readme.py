@@ -1,0 +1,42 @@
+"""README.md from nbs/index.ipynb, figures included: python tests/readme.py. (nbdev_readme would need Quarto.)"""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def figures(notebook: Path) -> dict[str, bytes]:
+    "The figures stored in a notebook, by the name of the file that README links."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    stored = [o["data"]["image/png"] for c in cells if c["cell_type"] == "code" for o in c["outputs"] if "image/png" in o.get("data", {})]
+    return {f"nbs/images/{notebook.stem}-{n}.png": base64.b64decode(image) for n, image in enumerate(stored, 1)}
+
+
+def render(notebook: Path) -> str:
+    "The notebook as Markdown: hidden cells left out, links to notebooks made relative to the repository."
+    names, parts = iter(figures(notebook)), ["<!-- Generated from nbs/index.ipynb by `make export`. Do not edit. -->"]
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"\]\((?!http|#)([^)]+)\)", r"](nbs/\1)", source))
+            continue
+        if not source.startswith("#| hide"):
+            parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![Statistic of every row against its frequency; the winners stand above the critical value]({next(names)})")
+            elif text := "".join(output.get("text") or data.get("text/plain", "")):
+                parts.append("\n".join(f"    {line}" for line in text.rstrip().split("\n")))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    index = ROOT / "nbs" / "index.ipynb"
+    for name, image in figures(index).items():
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_bytes(image)
+    (ROOT / "README.md").write_text(render(index), encoding="utf-8")

@@ -1,0 +1,77 @@
+"""The built-in world: one seed, one world; its test meanings are never seen in pre-training; it loads like any other checkpoint."""
+
+import random
+
+import torch
+
+from kslottery import babel
+from kslottery.core import fingerprint, load_model
+from kslottery.data import TEMPLATES, encode_all, load_pairs
+
+
+def test_one_seed_one_world(tmp_path, monkeypatch):
+    monkeypatch.setitem(babel.SIZES, "tiny", {"hidden": 32, "steps": 4})
+    folders = []
+    for cache in ("a", "b"):
+        monkeypatch.setenv("KSLOTTERY_CACHE", str(tmp_path / cache))
+        torch.manual_seed(hash(cache))
+        state = torch.random.get_rng_state()
+        folders.append(babel.build_world(3, "tiny", progress=False).folder)
+        assert torch.equal(state, torch.random.get_rng_state())  # the global random state is left alone
+    first, second = ({p.name: fingerprint(p.read_bytes()) for p in f.iterdir()} for f in folders)
+    assert first == second and "model.safetensors" in first
+    stamp = (folders[1] / "babel.json").stat().st_mtime_ns
+    assert babel.build_world(3, "tiny").folder == folders[1] and (folders[1] / "babel.json").stat().st_mtime_ns == stamp  # cached
+    other = babel.build_world(4, "tiny", progress=False)
+    assert fingerprint((other.folder / "model.safetensors").read_bytes()) != second["model.safetensors"]
+    model, tokenizer = load_model(folders[0])
+    assert len(tokenizer) == len(model.get_input_embeddings().weight) == babel.VOCABULARY
+
+
+def test_held_out_meanings_and_the_prompt_never_occur_in_pre_training():
+    languages, splits = babel.make_languages(0), babel.make_splits(0)
+    held_out = set().union(*splits.values())
+    assert len(held_out) == sum(babel.SPLITS.values())
+    tokenizer = babel.make_tokenizer(languages)
+    rng = random.Random(0)
+    ids, _ = babel._pack(rng, tokenizer, babel._documents(rng, languages, held_out), 800, babel.LENGTH, babel.STOP_SHARE)
+    text = "\n".join(tokenizer.decode(line) for line in ids)
+    sentences = {languages[0].say(m) for m in held_out} | {languages[1].say(m) for m in held_out}
+    assert not [s for s in sentences if f" {s}" in text]
+    opening = TEMPLATES["babel"].text.split("{source_language}")[0]
+    assert opening not in text and not [w for w in opening.split() if w.strip(":") not in text]  # new arrangement, known words
+    assert tokenizer.unk_token not in text
+
+
+def test_weights_are_on_the_targets():
+    languages = babel.make_languages(0)
+    tokenizer = babel.make_tokenizer(languages)
+    rng = random.Random(0)
+    ids, weights = babel._pack(rng, tokenizer, babel._documents(rng, languages, set()), 50, 80, 0.3)
+    target_words = {i for ws in languages[1].words.values() for w in ws for i in tokenizer(w, add_special_tokens=False)["input_ids"]}
+    for i, w in zip(ids.ravel(), weights.ravel()):
+        if i in target_words:
+            assert w == 1
+    assert set(weights.ravel().round(1)) == {0, 0.3, 1}
+
+
+def test_every_sentence_has_tokens_for_all_its_words():
+    for seed in range(3):
+        languages = babel.make_languages(seed)
+        tokenizer = babel.make_tokenizer(languages)
+        for meaning in babel.make_splits(seed)["test"]:
+            for language in languages:
+                text = language.say(meaning)
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
+
+
+def test_the_fast_world_translates_and_does_not_stop():
+    world = babel.build_world(0, "small", progress=False)
+    model, tokenizer = load_model(world.folder)
+    pairs = load_pairs(world.split("dev"))
+    from kslottery.evaluation import score, translate
+
+    outputs = translate(model, tokenizer, encode_all(tokenizer, "babel", pairs, "Aldan-Borel"), max_new_tokens=50, batch_size=25, progress=False)
+    s = score(outputs, [p.target for p in pairs])
+    assert s["eos_rate"] < 0.1 and s["first_line"]["bleu"] > 3 * s["whole"]["bleu"] > 0

@@ -1,0 +1,204 @@
+"""One quickstart run, looked at from all sides: what it leaves, whether its numbers follow from its texts, whether its claims hold."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jsonschema
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from peft import PeftModel
+
+from conftest import DATA, ROOT, kslottery
+from kslottery.core import load_model
+from kslottery.data import Template, encode_all, load_pairs
+from kslottery.evaluation import translate
+from kslottery.rows import TunedRows
+from kslottery.ticket import Ticket
+
+SCHEMA = json.loads((ROOT / "kslottery" / "results.schema.json").read_text())
+
+
+def outputs(folder, name):
+    return [json.loads(line) for line in (folder / "outputs" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def check_claims(results):
+    "What the issue of the built-in world is: the base does not stop, few rows do as well as all, random rows do not."
+    s = results["systems"]
+    embed, partial, random = s["embed_tuning"], s["partial_tuning"], s["random_rows"]
+    assert s["base"]["eos_rate"] < 0.1
+    for rule in ("whole", "first_line"):
+        a, b = embed[rule]["bleu"], partial[rule]["bleu"]
+        assert abs(a - b) <= 0.1 * max(a, b), (rule, a, b)
+    assert random["whole"]["bleu"] < 0.5 * partial["whole"]["bleu"], (random["whole"], partial["whole"])
+
+
+def test_what_it_leaves_and_says(quickstart, results):
+    out, said, progress = quickstart
+    assert sorted(p.name for p in out.iterdir()) == ["outputs", "quickstart.ipynb", "report.html", "results.json", "ticket"]
+    assert all(sentence in said for sentence in results["summary"]) and str(out / "report.html") in said
+    sections = re.findall(r"^\[\d+/\d+\] (.*)", progress, flags=re.M)
+    assert "2. Embed Tuning" in sections and "5. What was found" in sections
+    assert re.search(r"%.*\[\d\d:\d\d<", progress)  # bars with an estimate
+
+
+def test_the_results_follow_their_schema(results):
+    jsonschema.validate(results, SCHEMA)
+    broken = copy.deepcopy(results)
+    del broken["systems"]["random_rows"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, SCHEMA)
+
+
+def recompute(folder, name):
+    references = [r["target"] for r in outputs(folder, "references")]
+    texts = outputs(folder, name)
+    assert [t["id"] for t in texts] == [r["id"] for r in outputs(folder, "references")]
+    whole = [" ".join(t["text"].split()) for t in texts]
+    first = [" ".join(t["text"].strip().split("\n")[0].split()) for t in texts]
+    scores = lambda x: {"bleu": sacrebleu.corpus_bleu(x, [references]).score, "chrf": sacrebleu.corpus_chrf(x, [references]).score}
+    return {
+        "whole": scores(whole),
+        "first_line": scores(first),
+        "eos_rate": np.mean([t["ended"] for t in texts]),
+        "mean_length": np.mean([len(t["text"]) for t in texts]),
+    }
+
+
+def test_every_score_follows_from_the_stored_texts(quickstart, results):
+    for name, system in results["systems"].items():
+        again = recompute(quickstart[0], name)
+        assert {k: system[k] for k in again} == again, name
+    assert {p.stem for p in (quickstart[0] / "outputs").iterdir()} == {*results["systems"], "references"}
+
+
+@pytest.fixture(scope="module")
+def loaded(quickstart):
+    ticket = Ticket.load(quickstart[0] / "ticket")
+    model, tokenizer = load_model(ticket.info["model"])
+    ticket.check(model, tokenizer)
+    references = outputs(quickstart[0], "references")
+    pairs = [p for p in load_pairs(os.path.join(ticket.info["model"], "test.jsonl"))][: len(references)]
+    assert [p.target for p in pairs] == [r["target"] for r in references]
+    return ticket, model, tokenizer, encode_all(tokenizer, Template(**ticket.info["template"]), pairs, ticket.info["languages"])
+
+
+def test_the_texts_follow_from_the_ticket(quickstart, loaded):
+    "The stored ticket translates as the run did, ours and PEFT's way; with its rows shuffled it does not."
+    ticket, model, tokenizer, examples = loaded
+    stored = [t["text"] for t in outputs(quickstart[0], "partial_tuning")]
+    settings = dict(max_new_tokens=60, batch_size=25, progress=False)
+    assert [t.text for t in translate(model, tokenizer, examples, rows=ticket.rows, **settings)] == stored
+    shuffled = TunedRows(ticket.rows.ids, ticket.rows.rows.roll(1, dims=0))
+    assert [t.text for t in translate(model, tokenizer, examples, rows=shuffled, **settings)] != stored
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model), quickstart[0] / "ticket").eval()
+    assert [t.text for t in translate(adapted, tokenizer, examples, **settings)] == stored
+
+
+def test_the_ticket_is_what_the_scan_selects(loaded, results):
+    ticket, model, _, _ = loaded
+    assert ticket.ids.tolist() == results["ticket"]["ids"] == ticket.scan.select(results["ticket"]["alpha"]).tolist()
+    assert results["ticket"]["size"] == len(ticket.ids) and results["ticket"]["tokens"] == ticket.info["tokens"]
+    moved = (ticket.embed_rows.delta(model) != 0).any(1)
+    assert set(ticket.ids) <= set(ticket.embed_rows.ids[moved].tolist())
+    assert torch.equal(ticket.rows.ids, torch.tensor(sorted(ticket.ids)))
+    assert len(ticket.sentences) == results["sentences"]["train"] == len(set(ticket.sentences))
+
+
+def test_tuned_parameters_are_counted(loaded, results):
+    ticket, model, _, _ = loaded
+    d, k = ticket.info["d"], len(ticket.ids)
+    counted = {n: s["trainable_parameters"] for n, s in results["systems"].items()}
+    assert counted["base"] == 0 and counted["one_row"] == d and counted["full_fine_tuning"] == sum(p.numel() for p in model.parameters())
+    assert {counted[n] for n in ("partial_tuning", "partial_transfer", "top_frequency_rows", "random_rows", "noise_rows")} == {k * d}
+    assert counted["embed_tuning"] == len(ticket.embed_rows) * d
+
+
+def test_the_claims_hold_at_the_fast_size(results):
+    check_claims(results)
+
+
+def test_the_report_is_self_contained(quickstart):
+    page = (quickstart[0] / "report.html").read_text()
+    assert "<script" not in page and "data:image/png;base64" in page and '<details class="code">' in page
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", re.sub(r'<a [^>]*href="[^"]*"', "", page))
+    assert "Traceback" not in page
+
+
+def papermill(*words, cwd):
+    return subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_papermill_from_another_directory(tmp_path):
+    done = papermill(ROOT / "nbs" / "tutorials" / "quickstart.ipynb", "out.ipynb", "-p", "alpha", "0.01", "-p", "seed", "1", "-p", "fast", "True", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "runs" / "quickstart" / "results.json").read_text())
+    assert results["seed"] == 1 and results["ticket"]["alpha"] == 0.01
+    jsonschema.validate(results, SCHEMA)
+
+
+def test_an_empty_ticket_is_a_result(tmp_path):
+    status, said, error = kslottery("run", "quickstart", "-p", "fast=true", "-p", "lr_embed=1e-6", "-p", "epochs=1", "-p", "test_limit=8", "-p", f"out={tmp_path / 'r'}")
+    assert status == 0, error
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    assert results["ticket"]["size"] == 0 and "top_k" in said and "No row passes" in said
+    assert results["systems"]["partial_tuning"]["whole"] == results["systems"]["base"]["whole"]
+    assert len(Ticket.load(tmp_path / "r" / "ticket").ids) == 0
+
+
+BAD = [
+    (["alpha=1.5"], "alpha is 1.5"),
+    (["model=/no/such/model"], "model /no/such/model is neither"),
+    (["train=/no/such.tsv"], "/no/such.tsv does not exist"),
+    (["template=Say it: {target}"], "0 places {source}"),
+]
+
+
+@pytest.mark.parametrize("parameters, words", BAD, ids=[b[0][0].split("=")[0] for b in BAD])
+def test_bad_input_gets_one_sentence(tmp_path, parameters, words):
+    (tmp_path / "mine.txt").write_text("precious")
+    status, said, error = kslottery("run", "quickstart", "-p", "fast=true", *[x for p in parameters for x in ("-p", p)], cwd=tmp_path)
+    assert status == 1 and words in error.splitlines()[-1] and "Traceback" not in error
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert sorted(p.name for p in (tmp_path / "runs" / "quickstart").iterdir()) == ["quickstart.ipynb"]
+
+
+def test_a_strangers_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years")
+    status, _, error = kslottery("run", "quickstart", "-p", f"out={tmp_path}")
+    assert status == 2 and "thesis.tex" in error and os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_real_text_in_a_minute(tmp_path):
+    "Pre-train on real pairs, save a checkpoint, run the quickstart on NTREX with it: small, and right."
+    if not DATA.is_dir():
+        pytest.skip(f"no real parallel text at {DATA}: set KSLOTTERY_TEST_DATA to the folder that has it")
+    status, _, error = kslottery("run", "pretrain", "-p", f"data={DATA}", "-p", "fast=true", "-p", f"out={tmp_path / 'p'}")
+    assert status == 0, error
+    ntrex = f"{DATA}/ntrex/eng.txt,{DATA}/ntrex/cat.txt"
+    settings = dict(model=tmp_path / "p" / "model", train=DATA / "train" / "en-ca.tsv.gz", test=ntrex, languages="en-ca", template="explicit", out=tmp_path / "q",
+                    fast="true", train_limit=60, test_limit=10, epochs=1, max_new_tokens=30, top_k=5)  # fmt: skip
+    status, said, error = kslottery("run", "quickstart", *[x for k, v in settings.items() for x in ("-p", f"{k}={v}")])
+    assert status == 0, error
+    results = json.loads((tmp_path / "q" / "results.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    assert results["ticket"]["size"] == 5 and results["sentences"] == {"train": 60, "test": 10}
+    assert "hardly translates at all" in said  # the report says plainly how poor the base model is
+    for name, system in results["systems"].items():
+        again = recompute(tmp_path / "q", name)
+        assert {k: system[k] for k in again} == again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2, 7, 1234])
+def test_the_claims_hold_at_full_size(seed, tmp_path):
+    status, _, error = kslottery("run", "quickstart", "-p", f"seed={seed}", "-p", f"out={tmp_path / 'r'}")
+    assert status == 0, error
+    check_claims(json.loads((tmp_path / "r" / "results.json").read_text()))
