@@ -6,7 +6,7 @@
 __all__ = ['tune_rows', 'active_ids', 'embed_tune', 'partial_tune', 'partial_transfer', 'full_fine_tune', 'peft_tune',
            'trainable_parameters']
 
-# %% ../nbs/06_tuning.ipynb #a564c387
+# %% ../nbs/06_tuning.ipynb #594fe3a7
 import contextlib
 import copy
 import tempfile
@@ -16,7 +16,7 @@ import torch
 
 from .core import progress_bar
 from .data import Example, collate
-from .rows import TunedRows, input_embedding
+from .rows import TunedRows
 
 # %% ../nbs/06_tuning.ipynb #3a953697
 class _Wrapped(torch.nn.Module):

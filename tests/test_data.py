@@ -26,7 +26,11 @@ def tokenizer(kind):
         tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
         trainer = trainers.UnigramTrainer(
-            vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False, initial_alphabet=list("abcdefghijklmnopqrstuvwxyz\n.:,!#óABCDEFGHIJKLMNOPQRSTUVWXYZ")
+            vocab_size=300,
+            special_tokens=special,
+            unk_token="<unk>",
+            show_progress=False,
+            initial_alphabet=list("abcdefghijklmnopqrstuvwxyz\n.:,!#óABCDEFGHIJKLMNOPQRSTUVWXYZ"),
         )
     else:
         tok = Tokenizer(models.WordPiece(unk_token="<unk>"))

@@ -64,7 +64,10 @@ def test_scores_are_sacrebleus():
     outputs = [Translation("0", "the cat sat on a mat .\nthe end", False), Translation("1", "it rains in the town today .", True)]
     s = score(outputs, references)
     lines = [o.text.split("\n")[0] for o in outputs]
-    assert s["first_line"]["bleu"] == sacrebleu.corpus_bleu(lines, [references]).score and s["first_line"]["chrf"] == sacrebleu.corpus_chrf(lines, [references]).score
+    assert (
+        s["first_line"]["bleu"] == sacrebleu.corpus_bleu(lines, [references]).score
+        and s["first_line"]["chrf"] == sacrebleu.corpus_chrf(lines, [references]).score
+    )
     assert s["whole"]["bleu"] == sacrebleu.corpus_bleu([o.text.replace("\n", " ") for o in outputs], [references]).score
     assert s["eos_rate"] == 0.5 and s["mean_length"] == (len(outputs[0].text) + len(outputs[1].text)) / 2
     assert "tok:13a" in signatures(references)["bleu"] and "nc:6" in signatures(references)["chrf"]

@@ -72,7 +72,12 @@ def test_every_public_name_has_a_docstring(module):
         assert documented, f"kslottery.{module}.{name} has no docstring"
         if inspect.isclass(thing):
             for method, function in vars(thing).items():
-                if inspect.isfunction(function) and not method.startswith("_") and function.__qualname__ == f"{name}.{method}" and method not in ("forward", "extra_repr"):
+                if (
+                    inspect.isfunction(function)
+                    and not method.startswith("_")
+                    and function.__qualname__ == f"{name}.{method}"
+                    and method not in ("forward", "extra_repr")
+                ):
                     assert inspect.getdoc(getattr(thing, method)), f"{name}.{method} has no docstring"
 
 

@@ -15,7 +15,13 @@ def test_notebook(notebook, tmp_path, monkeypatch):
     known = papermill.inspect_notebook(str(notebook))
     chosen = {"fast": True, "out": str(tmp_path / "out")}
     papermill.execute_notebook(
-        str(notebook), str(tmp_path / "done.ipynb"), {k: v for k, v in chosen.items() if k in known}, kernel_name="python3", language="python", cwd=str(tmp_path), progress_bar=False
+        str(notebook),
+        str(tmp_path / "done.ipynb"),
+        {k: v for k, v in chosen.items() if k in known},
+        kernel_name="python3",
+        language="python",
+        cwd=str(tmp_path),
+        progress_bar=False,
     )
 
 

@@ -144,7 +144,9 @@ def test_papermill_from_another_directory(tmp_path):
 
 
 def test_an_empty_ticket_is_a_result(tmp_path):
-    status, said, error = kslottery("run", "quickstart", "-p", "fast=true", "-p", "lr_embed=1e-6", "-p", "epochs=1", "-p", "test_limit=8", "-p", f"out={tmp_path / 'r'}")
+    status, said, error = kslottery(
+        "run", "quickstart", "-p", "fast=true", "-p", "lr_embed=1e-6", "-p", "epochs=1", "-p", "test_limit=8", "-p", f"out={tmp_path / 'r'}"
+    )
     assert status == 0, error
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     jsonschema.validate(results, SCHEMA)

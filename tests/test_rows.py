@@ -51,7 +51,7 @@ def test_the_models_own_rows_change_nothing(model):
 
 def test_a_hook_is_removed_when_the_block_fails(model):
     with pytest.raises(ZeroDivisionError), random_rows().applied(model):
-        1 / 0
+        raise ZeroDivisionError
     assert not model.get_input_embeddings()._forward_hooks
 
 
@@ -67,7 +67,9 @@ def test_gradients_reach_the_rows_and_nothing_else(model):
 def test_gates_open_and_shut_in_generation(model, beams):
     rows = random_rows(range(64), seed=1)
     roles = torch.tensor([[0, 1, 2, 2, 1], [0, 0, 1, 2, 1]])
-    settings = dict(attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=63)
+    settings = dict(
+        attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=63
+    )
     plain, merged = (m.generate(X, **settings) for m in (model, rows.merged(model)))
     for cache in (True, False):
         for gate, expected in ((list(Role), merged), ([], plain)):

@@ -25,7 +25,9 @@ TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(
 def ticket_for(model, ids=(9, 4)):
     embed = TunedRows(range(3, 12), torch.randn(9, 16, generator=torch.Generator().manual_seed(0)))
     scan = ks_scan(model.get_input_embeddings().weight, embed.merged(model).get_input_embeddings().weight)
-    return Ticket.make(model, TOKENIZER, list(ids), name="tiny", scan=scan, rows=embed.restrict(ids), embed_rows=embed, sentences=["a" * 64, "b" * 64], alpha=0.05)
+    return Ticket.make(
+        model, TOKENIZER, list(ids), name="tiny", scan=scan, rows=embed.restrict(ids), embed_rows=embed, sentences=["a" * 64, "b" * 64], alpha=0.05
+    )
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -135,7 +137,9 @@ def test_kill_9_at_any_moment_leaves_a_whole_ticket(tmp_path):
 def test_a_full_disk_leaves_the_old_ticket(tmp_path):
     "Files may grow to 100 bytes only: the write fails as on a full disk, in one error, and the old ticket stands."
     ticket_for(tiny_model("llama")).save(tmp_path / "t")
-    process = start(tmp_path, before=f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit({resource.RLIMIT_FSIZE}, (100, 100))")
+    process = start(
+        tmp_path, before=f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit({resource.RLIMIT_FSIZE}, (100, 100))"
+    )
     assert process.wait(timeout=60) != 0
     assert Ticket.load(tmp_path / "t").ids.tolist() == [9, 4]
     assert os.listdir(tmp_path) == ["t"]
