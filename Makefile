@@ -1,5 +1,5 @@
 # make run: the quickstart.  make test: all tests.  Both set themselves up.  make help lists the rest.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 SEED ?= 0
 RUN ?= runs/quickstart

@@ -25,12 +25,15 @@ def render(notebook: Path) -> str:
             continue
         if not source.startswith("#| hide"):
             parts.append(f"```python\n{source}\n```")
+        text = ""
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
                 parts.append(f"![Statistic of every row against its frequency; the winners stand above the critical value]({next(names)})")
-            elif text := "".join(output.get("text") or data.get("text/plain", "")):
-                parts.append("\n".join(f"    {line}" for line in text.rstrip().split("\n")))
+            else:
+                text += "".join(output.get("text") or data.get("text/plain", "")).rstrip() + "\n"
+        if text.strip():
+            parts.append("\n".join(f"    {line}" for line in text.rstrip().split("\n")))
     return "\n\n".join(parts) + "\n"
 
 

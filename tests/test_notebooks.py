@@ -13,7 +13,7 @@ from test_library import NOTEBOOKS
 def test_notebook(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("KSLOTTERY_PROGRESS", os.devnull)
     known = papermill.inspect_notebook(str(notebook))
-    chosen = {"fast": True, "out": str(tmp_path / "out")}
+    chosen = {"fast": True, "size": "small", "out": str(tmp_path / "out")}
     papermill.execute_notebook(
         str(notebook),
         str(tmp_path / "done.ipynb"),
