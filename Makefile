@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 0
 RUN ?= runs/quickstart
 
-.PHONY: help setup run run-real test test-full export notebooks docs-check clean
+.PHONY: help setup run run-real test test-full export notebooks clean bench-ks
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -43,3 +43,6 @@ notebooks: .venv/ready ## execute the notebooks at full size and store their out
 
 clean: ## remove what can be built again (the environment, builds; not runs/)
 	rm -rf .venv _proc _docs _build *.egg-info .pytest_cache .ruff_cache
+
+bench-ks: .venv/ready ## the KS scan against a scipy loop: ratios, memory, growth
+	@$(BIN)/python benchmarks/bench_ks.py --out benchmarks/results/ks.json

@@ -24,9 +24,9 @@ def progress_bar(total: int, label: str, show: bool = True):
     stream = open(side, "a", encoding="utf-8") if show and side else None  # closed with the bar's last reference
     return tqdm(total=total, desc=label, disable=not show, file=stream, leave=False, mininterval=0.5, ncols=78)
 
-# %% ../nbs/core.ipynb #fe7670fe
+# %% ../nbs/core.ipynb #36d05c7d
 def fingerprint(value) -> str:
-    """SHA-256, in hex, of a string, bytes, a numpy array or a torch tensor (with its shape and dtype).
+    """SHA-256, in hex, of a string, bytes, a numpy array or a torch tensor (with its shape and dtype), or of a matrix that is read in slices of rows.
 
     Two values with the same fingerprint are, for all practical purposes, equal; `-0.0` and `0.0` differ, as their bits do.
     """
@@ -35,11 +35,13 @@ def fingerprint(value) -> str:
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     digest = hashlib.sha256(f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} ".encode())
-    if hasattr(value, "detach"):  # a torch tensor: its raw bytes, whatever the dtype
-        import torch
+    for start in range(0, value.shape[0] if value.shape else 1, 4096):
+        part = value[start : start + 4096] if value.shape else value
+        if hasattr(part, "detach"):  # a torch tensor: its raw bytes, whatever the dtype
+            import torch
 
-        value = value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
-    digest.update(memoryview(value.copy(order="C") if not value.flags.c_contiguous else value).cast("B"))
+            part = part.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+        digest.update(part.tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/core.ipynb #e8bfbd70

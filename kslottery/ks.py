@@ -209,18 +209,17 @@ def map_rows(function, before, after, *, round: bool = False, progress: bool = F
             raise
     return np.concatenate(parts)
 
-# %% ../nbs/00_ks.ipynb #eaac5cc2
-def _statistic(before, after, need, engine, round, progress):
-    on_gpu = getattr(getattr(before, "device", None), "type", "cpu") != "cpu"
+# %% ../nbs/00_ks.ipynb #a9f45b5f
+def _statistic(before, after, need, engine, round, progress, device):
+    device = str(device or getattr(before, "device", "cpu"))
     if engine == "auto":
-        engine = "torch" if on_gpu else "binned" if _compiled() else "plain"
+        engine = "torch" if device != "cpu" else "binned" if _compiled() else "plain"
     if engine not in ("binned", "plain", "torch"):
         raise ValueError(f"engine is {engine!r}: choose 'auto', 'binned', 'plain' or 'torch'")
 
     def on_device(a, b):
         import torch
 
-        device = before.device if on_gpu else "cpu"
         return _walk_torch(*(torch.from_numpy(x).to(device) for x in (a, b)))
 
     def moved_only(walk):
@@ -236,16 +235,17 @@ def _statistic(before, after, need, engine, round, progress):
     return map_rows(functions[engine], before, after, round=round, progress=progress, label="KS scan").astype(np.int64)
 
 
-def ks_statistic(before, after, progress: bool = False, round: bool = False, engine: str = "auto") -> np.ndarray:
+def ks_statistic(before, after, progress: bool = False, round: bool = False, engine: str = "auto", device: str | None = None) -> np.ndarray:
     """The two-sample Kolmogorov-Smirnov statistic of every row.
 
     before, after: (V, d) numpy arrays, torch tensors or anything with shape, dtype and row slices; one floating dtype, no NaN (infinities and ties are fine).
-    round: if the dtypes differ, round both to the coarser first. engine: "binned" (numba), "plain" (numpy), "torch" (on the tensor's device); "auto" takes the fastest there is.
+    round: if the dtypes differ, round both to the coarser first. engine: "binned" (numba), "plain" (numpy), "torch"; "auto" takes the fastest there is.
+    device: where the torch engine computes, for example "cuda" (default: where `before` is).
     Returns (V,) float64: D = k/d with an exact integer k, equal to `scipy.stats.ks_2samp(before[i], after[i]).statistic`.
     Raises ValueError for different shapes or dtypes, an empty row or NaN; TypeError for values that are not floating point.
     Source: Yuan et al. 2025, section 3; Hodges 1958.
     """
-    return _statistic(before, after, 0, engine, round, progress) / before.shape[1]
+    return _statistic(before, after, 0, engine, round, progress, device) / before.shape[1]
 
 # %% ../nbs/00_ks.ipynb #90ccc028
 def _path_table(d):
@@ -309,7 +309,7 @@ def critical_value(alpha: float, d: int, method: str = "exact") -> float:
         low, high = (low, k) if _pvalues(k, d) < alpha else (k, high)
     return high / d if high <= d else math.inf
 
-# %% ../nbs/00_ks.ipynb #a807141d
+# %% ../nbs/00_ks.ipynb #65b05418
 @dataclass(frozen=True)
 class Scan:
     """The result of a scan of V rows.
@@ -365,10 +365,10 @@ class Scan:
         return order[p[order] < alpha]
 
 
-def ks_scan(before, after, progress: bool = False, decide: float | None = None, round: bool = False, engine: str = "auto") -> Scan:
+def ks_scan(before, after, progress: bool = False, decide: float | None = None, round: bool = False, engine: str = "auto", device: str | None = None) -> Scan:
     """KS-test every row of a matrix, before against after.
 
-    before, after, round, engine: as for `ks_statistic`. progress: show a bar with an estimate.
+    before, after, round, engine, device: as for `ks_statistic`. progress: show a bar with an estimate.
     decide: only decide which rows pass at this alpha, which is two to three times as fast: statistic and p-value of the others are NaN.
     Returns a `Scan`. Raises as `ks_statistic` does, and ValueError if decide is outside (0, 1). Source: Yuan et al. 2025, section 3.
     """
@@ -376,7 +376,7 @@ def ks_scan(before, after, progress: bool = False, decide: float | None = None, 
     if decide is not None:
         critical = critical_value(decide, d)
         need = d + 1 if critical == math.inf else int(np.rint(critical * d))
-    k = _statistic(before, after, need, engine, round, progress)
+    k = _statistic(before, after, need, engine, round, progress, device)
     pvalue = _pvalues(k, d)
     statistic = np.where(k >= need, k / d, np.nan)
     return Scan(statistic, np.where(k >= need, pvalue, np.nan), d, "ks", decide)

@@ -18,7 +18,7 @@ from .core import fingerprint, whole_folder, write_json
 from .ks import Scan
 from .rows import TunedRows, input_embedding
 
-# %% ../nbs/05_ticket.ipynb #8f73aeb3
+# %% ../nbs/05_ticket.ipynb #6e638872
 SCHEMA = 1
 
 
@@ -28,13 +28,38 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{n: version(n) for n in names}}
 
 
+def _tokenizer_state(tokenizer):
+    "A tokenizer as text; padding and truncation are settings of the last call, not of the tokenizer."
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    return json.dumps({k: v for k, v in state.items() if k not in ("padding", "truncation")}, sort_keys=True)
+
+
 def model_fingerprints(model, tokenizer) -> dict[str, str]:
     "What a ticket recognises its model by: SHA-256 of the input embedding and of the tokenizer."
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    if tokenizer.is_fast:  # padding and truncation are settings of the last call, not of the tokenizer
-        state = json.loads(backend)
-        backend = json.dumps({k: v for k, v in state.items() if k not in ("padding", "truncation")}, sort_keys=True)
-    return {"embedding": fingerprint(input_embedding(model).weight), "tokenizer": fingerprint(backend)}
+    return {"embedding": fingerprint(input_embedding(model).weight), "tokenizer": fingerprint(_tokenizer_state(tokenizer))}
+
+
+def _info(ids, name, revision, tied, module, matrix, tokenizer, fingerprints, facts):
+    "The facts that every ticket records."
+    return {
+        "schema_version": SCHEMA,
+        "model": str(name),
+        "revision": revision,
+        "tied_embeddings": tied,
+        "embedding_module": module,
+        "dtype": str(matrix.dtype).removeprefix("torch."),
+        "V": matrix.shape[0],
+        "d": matrix.shape[1],
+        "fingerprints": fingerprints,
+        "tokens": [tokenizer.convert_ids_to_tokens(int(i)) if tokenizer is not None else None for i in ids],
+        "versions": versions(),
+        **facts,
+    }
+
+
+def _scan_from(stored):
+    about = stored["metadata"]
+    return Scan(stored["statistic"], stored.get("pvalue"), int(about["d"]), about["criterion"], float(about["decided"]) if about["decided"] else None)
 
 
 @dataclass
@@ -62,27 +87,29 @@ class Ticket:
         ids = np.asarray(ids, dtype=np.int64)
         if rows is not None and sorted(ids.tolist()) != rows.ids.tolist():
             raise ValueError(f"the ticket has {len(ids)} ids and rows for {len(rows)} others: restrict the rows to the ticket first")
-        V, d = input_embedding(model).weight.shape
-        info = {
-            "schema_version": SCHEMA,
-            "model": str(name),
-            "revision": revision,
-            "tied_embeddings": bool(model.config.tie_word_embeddings),
-            "embedding_module": next(n for n, m in model.named_modules() if m is input_embedding(model)),
-            "dtype": str(input_embedding(model).weight.dtype).removeprefix("torch."),
-            "V": V,
-            "d": d,
-            "fingerprints": model_fingerprints(model, tokenizer),
-            "tokens": [tokenizer.convert_ids_to_tokens(int(i)) for i in ids],
-            "versions": versions(),
-            **facts,
-        }
+        module = next(n for n, m in model.named_modules() if m is input_embedding(model))
+        tied = bool(model.config.tie_word_embeddings)
+        info = _info(ids, name, revision, tied, module, input_embedding(model).weight, tokenizer, model_fingerprints(model, tokenizer), facts)
         return cls(ids, info, rows, embed_rows, scan, list(sentences))
+
+    @classmethod
+    def from_checkpoints(cls, base, tuned, ids, scan, *, tensor: str | None = None, tokenizer=None, tied: bool = False, **facts):
+        """A ticket from a bare scan of two checkpoints, without building a model: it has no data and no template, and the tuned checkpoint is its reference.
+
+        base, tuned: `kslottery.checkpoints.Checkpoint`. ids, scan: of the tensor named (default: the input embedding, whose tuned rows the ticket then holds).
+        """
+        name, ids = tensor or base.embedding(), np.asarray(ids, dtype=np.int64)
+        is_embedding = tensor is None or tensor == base.embedding()
+        prints = {"embedding": fingerprint(base[name]), "tokenizer": fingerprint(_tokenizer_state(tokenizer)) if tokenizer is not None else None}
+        facts = {"tuned": tuned.source, "tensor": name, **facts}
+        info = _info(ids, base.source, None, tied, name.removesuffix(".weight"), base[name], tokenizer if is_embedding else None, prints, facts)
+        rows = np.stack([tuned[name][int(i) : int(i) + 1].float().numpy()[0] for i in ids]) if len(ids) else np.zeros((0, info["d"]), np.float32)
+        return cls(ids, info, TunedRows(ids, rows) if is_embedding else None, None, scan)
 
     def check(self, model, tokenizer):
         "Raise ValueError unless the ticket was made for this model and tokenizer."
         for name, mine in model_fingerprints(model, tokenizer).items():
-            if mine != self.info["fingerprints"][name]:
+            if self.info["fingerprints"][name] not in (mine, None):
                 raise ValueError(
                     f"this ticket was made for another {name} (model {self.info['model']}, fingerprint {self.info['fingerprints'][name][:12]}, not {mine[:12]}): "
                     "load the model it names"
@@ -99,18 +126,20 @@ class Ticket:
             return "the model ties input and output embeddings, and PEFT would change both where this ticket changes the input only"
         return None
 
-    def save(self, folder):
+    def save(self, folder, extra: dict[str, bytes] | None = None):
         """Write the ticket folder, whole or not at all; an older ticket there is replaced.
 
-        Raises FileExistsError if the folder holds something else.
+        extra: more files for the folder (figures, say), by name. Raises FileExistsError if the folder holds something else.
         """
         from safetensors.numpy import save_file
 
         with whole_folder(folder, is_own=lambda path: (path / "ticket.json").exists()) as work:
             record = {**self.info, "ids": self.ids.tolist(), "size": len(self.ids), "peft": self.peft_obstacle or "written"}
             if self.scan is not None:
-                record |= {"statistic": self.scan.statistic[self.ids].tolist(), "pvalue": self.scan.pvalue[self.ids].tolist()}
-                save_file({"statistic": self.scan.statistic, "pvalue": self.scan.pvalue}, work / "scan.safetensors", {"d": str(self.scan.d)})
+                record |= {"statistic": self.scan.statistic[self.ids].tolist(), "pvalue": None if self.scan.pvalue is None else self.scan.pvalue[self.ids].tolist()}
+                about = {"d": str(self.scan.d), "criterion": self.scan.criterion, "decided": str(self.scan.decided or "")}
+                known = {k: v for k, v in (("statistic", self.scan.statistic), ("pvalue", self.scan.pvalue)) if v is not None}
+                save_file(known, work / "scan.safetensors", about)
             for name, rows in (("rows", self.rows), ("embed_rows", self.embed_rows)):
                 if rows is not None:
                     save_file({"ids": rows.ids.cpu().numpy(), "rows": rows.rows.detach().cpu().numpy()}, work / f"{name}.safetensors")
@@ -119,6 +148,8 @@ class Ticket:
             if self.peft_obstacle is None:
                 self._save_adapter(work)
             (work / "README.md").write_text(self._card(), encoding="utf-8")
+            for name, content in (extra or {}).items():
+                (work / name).write_bytes(content)
             write_json(work / "ticket.json", record)
 
     def _save_adapter(self, folder):
@@ -177,6 +208,6 @@ class Ticket:
             info,
             TunedRows(rows["ids"], rows["rows"]) if rows else None,
             TunedRows(embed["ids"], embed["rows"]) if embed else None,
-            Scan(scan["statistic"], scan["pvalue"], int(scan["metadata"]["d"])) if scan else None,
+            _scan_from(scan) if scan else None,
             sentences.read_text().split() if sentences.exists() else [],
         )

@@ -15,7 +15,22 @@ from conftest import ROOT
 BIN = Path(sys.executable).parent
 MODULES = sorted(p.stem for p in (ROOT / "kslottery").glob("*.py") if not p.stem.startswith("_"))
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ORDER = ("core", "ks", "certificate", "data", "babel", "rows", "ticket", "tuning", "evaluation", "audit", "plots", "cli")  # modules import only upwards
+ORDER = (
+    "core",
+    "ks",
+    "checkpoints",
+    "criteria",
+    "certificate",
+    "data",
+    "babel",
+    "rows",
+    "ticket",
+    "tuning",
+    "evaluation",
+    "audit",
+    "plots",
+    "cli",
+)  # modules import only upwards
 
 
 def tree(folder):
