@@ -2,11 +2,13 @@
 
 python benchmarks/bench_ks.py [--rows 32000] [--columns 4096] [--repeats 3] [--out benchmarks/results/ks.json]
 
-A scipy loop over all rows would take minutes, so it runs on a sample of them and is scaled up. Times on a shared machine are noise; the ratios of one run are what to quote.
-Two kinds of rows: "independent" moves of every row (nothing is settled early) and "tuned" ones (90% of the rows untouched, as after a fine-tuning).
+A scipy loop over all rows would take minutes, so it runs on a sample of them and is scaled up. Times on a shared machine
+are noise; the ratios of one run are what to quote. Two kinds of rows: "independent" moves of every row (nothing is settled
+early) and "tuned" ones (90% of the rows untouched, as after a fine-tuning).
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -51,6 +53,7 @@ def anonymous():
 
 def peak_extra(function):
     "Peak anonymous memory above the start, in MB, while `function` runs (sampled every 2 ms)."
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before must not hide what is needed now
     start, peak, done = anonymous(), [0.0], threading.Event()
 
     def watch():
