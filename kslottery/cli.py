@@ -80,7 +80,7 @@ def notebook_defaults(path: Path) -> dict:
     except (SyntaxError, ValueError, AttributeError) as error:
         raise ValueError(f"the parameters cell of {path} holds more than plain values ({error})") from None
 
-# %% ../nbs/10_cli.ipynb #9408dde1
+# %% ../nbs/10_cli.ipynb #9a54826f
 @contextmanager
 def _live_progress(out):
     "Show what the library's progress bars write while the block runs."
@@ -145,7 +145,8 @@ def execute(notebook: Path, output: Path, parameters: dict, out=None):
         sections.insert(at + 1, sections[at])
     with _live_progress(out):
         papermill.execute_notebook(
-            str(notebook), str(output), parameters=parameters, kernel_name="python3", language="python", progress_bar=False, on_cell_start=on_cell_start
+            str(notebook), str(output), parameters=parameters, kernel_name="python3", language="python", progress_bar=False, on_cell_start=on_cell_start,
+            extra_arguments=["--log-level=ERROR"],  # no word from the kernel about its transport
         )
 
 # %% ../nbs/10_cli.ipynb #07015a07

@@ -6,10 +6,11 @@
 __all__ = ['tune_rows', 'active_ids', 'embed_tune', 'partial_tune', 'partial_transfer', 'full_fine_tune', 'peft_tune',
            'trainable_parameters']
 
-# %% ../nbs/06_tuning.ipynb #594fe3a7
+# %% ../nbs/06_tuning.ipynb #ae7d7cfa
 import contextlib
 import copy
 import tempfile
+import warnings
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def partial_transfer(embed_rows: TunedRows, ids) -> TunedRows:
     """
     return embed_rows.restrict(ids)
 
-# %% ../nbs/06_tuning.ipynb #10768d88
+# %% ../nbs/06_tuning.ipynb #274f203f
 def full_fine_tune(model, examples, *, lr=2e-5, epochs=3, batch_size=128, seed=0, label="Full fine-tuning", progress=True):
     "Fine-tune all parameters of a copy of `model`; returns the copy. Raises ValueError for no examples or a run that diverges."
     tuned = copy.deepcopy(model).requires_grad_(True)
@@ -136,7 +137,9 @@ def peft_tune(model, config, examples, *, lr, epochs=3, batch_size=128, seed=0, 
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start at random
-    adapted = get_peft_model(copy.deepcopy(model).requires_grad_(False), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
+        adapted = get_peft_model(copy.deepcopy(model).requires_grad_(False), config)
     _train(adapted, examples, 0, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed, label=label, progress=progress)
     return adapted
 
