@@ -14,7 +14,7 @@ import numpy as np
 
 from .ks import Scan, ks_scan
 
-# %% ../nbs/00b_checkpoints.ipynb #08200031
+# %% ../nbs/00b_checkpoints.ipynb #234776ac
 class _Slices:
     "A tensor in a safetensors file: shape, dtype and slices of rows, read when asked for."
 
@@ -34,7 +34,7 @@ def _files(source):
     if path.is_file():
         return [path]
     if not path.is_dir():
-        if path.suffix or path.is_absolute() or str(source).count("/") > 1:
+        if path.suffix == ".safetensors" or path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
             raise FileNotFoundError(f"{source} does not exist: give a safetensors file, a checkpoint folder or a Hub id")
         from huggingface_hub import snapshot_download
 

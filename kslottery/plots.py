@@ -10,11 +10,16 @@ import numpy as np
 
 from .ks import Scan, critical_value
 
-# %% ../nbs/09_plots.ipynb #3551ee82
+# %% ../nbs/09_plots.ipynb #6bfd7ccb
 def token_label(token: str) -> str:
     "A token string that can be read in a figure or a table: white space and control characters are written out."
     shown = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").replace("⏎", "\n")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown) if shown.strip(" ") else repr(shown)[1:-1].replace(" ", "␣")
+
+
+def _quoted(label):
+    "A label without letters or digits in quotation marks, so that a full stop can be seen."
+    return label if any(c.isalnum() for c in label) else f"“{label}”"
 
 
 def _plain(text):
@@ -40,7 +45,7 @@ def plot_scan(scan: Scan, counts, tokens: dict[int, str], alpha: float = 0.05, a
     for j, i in enumerate([i for i in scan.top(min(names, len(counts))) if seen[i]]):
         side = -1 if j % 2 else 1
         ax.annotate(
-            _plain(token_label(tokens.get(int(i), str(i)))), (counts[i], scan.statistic[i]), xytext=(6 * side, 3), textcoords="offset points",
+            _plain(_quoted(token_label(tokens.get(int(i), str(i))))), (counts[i], scan.statistic[i]), xytext=(6 * side, 3), textcoords="offset points",
             fontsize=8, ha="left" if side > 0 else "right", color="C3" if won[i] else "0.3",
         )  # fmt: skip
     ax.set(xscale="log", xlabel="occurrences in the tuning data", ylabel="KS statistic D")

@@ -123,6 +123,16 @@ def test_every_layout(kind, tmp_path):
         assert s.rows == (1 if len(stored[name].shape) == 1 else stored[name].shape[0])
 
 
+def test_a_hub_id_is_downloaded_whatever_dots_it_has(pair, monkeypatch):
+    import huggingface_hub
+
+    folders = {"org/Model-2.5B": pair / "base", "org/Model-2.5B-tuned": pair / "tuned"}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(folders[name]))
+    assert sorted(scan_checkpoints("org/Model-2.5B", "org/Model-2.5B-tuned").select(0.05)) == [5, 9]
+    with pytest.raises(FileNotFoundError, match="org/none is neither"):
+        Checkpoint("org/none")
+
+
 def test_columns_and_tensors_are_scipys(pair):
     model = tiny_model("llama", hidden=64, seed=1)
     save(model, pair / "other")

@@ -129,6 +129,7 @@ def test_the_report_is_self_contained(quickstart):
     assert "<script" not in page and "data:image/png;base64" in page and '<details class="code">' in page
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", re.sub(r'<a [^>]*href="[^"]*"', "", page))
     assert "Traceback" not in page
+    assert "&lt;s&gt;" in page and "<s>" not in page  # tokens are text, whatever they look like
 
 
 def papermill(*words, cwd):
