@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Checkpoint', 'scan_checkpoints', 'TensorScan', 'scan_all', 'plot_layers']
 
-# %% ../nbs/00b_checkpoints.ipynb #89894bcf
+# %% ../nbs/00b_checkpoints.ipynb #f35eb5e3
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from .ks import Scan, ks_scan
 
-# %% ../nbs/00b_checkpoints.ipynb #234776ac
+# %% ../nbs/00b_checkpoints.ipynb #23c10e80
 class _Slices:
     "A tensor in a safetensors file: shape, dtype and slices of rows, read when asked for."
 
@@ -44,8 +45,6 @@ def _files(source):
             raise FileNotFoundError(f"{source} is neither a checkpoint here nor one that can be downloaded ({str(error).splitlines()[0][:120]})") from error
     index = path / "model.safetensors.index.json"
     if index.exists():
-        import json
-
         files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
         if missing := [f.name for f in files if not f.exists()]:
             raise FileNotFoundError(f"{path} lacks {missing[0]}, which its index names: is the copy complete?")
