@@ -232,7 +232,7 @@ def run(
             typer.echo(f"  * {sentence}")
     typer.echo(f"\nThe report: {place / 'report.html'}\nEverything: {place}")
 
-# %% ../nbs/10_cli.ipynb #f3136d29
+# %% ../nbs/10_cli.ipynb #4a866fe8
 def _png(plot, *arguments):
     "A figure as the bytes of a PNG file."
     import io
@@ -312,13 +312,13 @@ def _scan(base, tuned, alpha, top_k, correction, tensor, everything, criterion, 
 
     matplotlib.use("Agg")
     from kslottery import plots
-    from kslottery.checkpoints import Checkpoint, plot_layers, scan_all, scan_checkpoints
+    from kslottery.checkpoints import open_pair, plot_layers, scan_all
     from kslottery.criteria import scan_rows
-    from kslottery.ks import critical_value
+    from kslottery.ks import critical_value, ks_scan
     from kslottery.ticket import Ticket
 
     critical_value(alpha, 1)  # a bad alpha is refused before the work
-    before, after = Checkpoint(base), Checkpoint(tuned)
+    before, after = open_pair(base, tuned)
     name = tensor or before.embedding()
     numbers = json.loads(counts.read_text()) if counts else None
     if numbers is not None and len(numbers) != before[name].shape[0]:
@@ -328,9 +328,8 @@ def _scan(base, tuned, alpha, top_k, correction, tensor, everything, criterion, 
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if criterion == "ks":
-        result = scan_checkpoints(before, after, name, progress=True, round=round, device=device)
+        result = ks_scan(before[name], after[name], progress=True, round=round, device=device)
     else:
-        scan_checkpoints(before, after, name, decide=0.5, round=round)  # the same checks
         result = scan_rows(before[name], after[name], criterion, counts=numbers, progress=True, round=round)
     ids = result.top(top_k) if top_k else result.select(alpha, correction)
     tokenizer = _tokenizer_of(base)
