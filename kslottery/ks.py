@@ -247,7 +247,8 @@ def ks_statistic(before, after, progress: bool = False, round: bool = False, eng
     """
     return _statistic(before, after, 0, engine, round, progress, device) / before.shape[1]
 
-# %% ../nbs/00_ks.ipynb #90ccc028
+# %% ../nbs/00_ks.ipynb #72354bbc
+@lru_cache(maxsize=16)  # a critical value asks for it a dozen times, a checkpoint has many matrices of one width
 def _path_table(d):
     "T_m = C(2d, d-m)/C(2d, d) for m = 0, 1, ... until it vanishes: long doubles, at most d + 1 of them."
     m = np.arange(min(d, 2 + int(110 * math.sqrt(d))), dtype=np.longdouble)
@@ -256,13 +257,10 @@ def _path_table(d):
 
 def _pvalues(k, d):
     "P(D >= k/d), n = m = d, for each integer in k."
-    table = _path_table(d)
-    values = {int(x): 1.0 for x in np.unique(k)}
-    for x in values:
-        terms = table[x::x].copy() if x > 0 else np.zeros(0)
-        if x > 0:
-            terms[1::2] *= -1
-            values[x] = float(min(2 * terms.sum(), 1)) if len(terms) else 0.0
+    table, values = _path_table(d), {0: 1.0}
+    for x in set(np.ravel(k).tolist()) - {0}:
+        terms = table[x::x]
+        values[x] = float(min(2 * (terms[::2].sum() - terms[1::2].sum()), 1))
     return np.array([values[int(x)] for x in np.ravel(k)]).reshape(np.shape(k))
 
 # %% ../nbs/00_ks.ipynb #9fb20310
