@@ -13,13 +13,14 @@ import numpy as np
 from .core import progress_bar
 from .data import Example, collate
 
-# %% ../nbs/07_evaluation.ipynb #f4f930c5
+# %% ../nbs/07_evaluation.ipynb #dd21f822
 class Translation(NamedTuple):
-    "A generated continuation: the id of its pair, the text, and whether the model ended it with an EOS token."
+    "A generated continuation: the id of its pair, the text, whether the model ended it with an EOS token, and the token ids (that EOS included)."
 
     id: str
     text: str
     ended: bool
+    tokens: tuple[int, ...] = ()
 
 
 def translate(
@@ -58,7 +59,7 @@ def translate(
             for i, new in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist()):
                 end = next((j for j, t in enumerate(new) if t in ends), None)
                 text = tokenizer.decode(new[:end], skip_special_tokens=True)
-                results[i] = Translation(examples[i].id, text, end is not None)
+                results[i] = Translation(examples[i].id, text, end is not None, tuple(new if end is None else new[: end + 1]))
             bar.update(len(chosen))
     return results
 

@@ -27,6 +27,7 @@ ORDER = (
     "ticket",
     "tuning",
     "evaluation",
+    "losses",
     "audit",
     "plots",
     "cli",
