@@ -6,13 +6,15 @@
 __all__ = ['CLAIMS', 'PVALUES', 'Certificate', 'ks_margin_bound', 'Losses', 'binomial_pvalue', 'hoeffding_bentkus_pvalue',
            'betting_pvalue', 'risk_bound', 'certify_agreement', 'sentences_needed', 'certify_tickets']
 
-# %% ../nbs/01_certificate.ipynb #93695099
+# %% ../nbs/01_certificate.ipynb #c2971c1a
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
+
+from .core import fingerprint
 
 # %% ../nbs/01_certificate.ipynb #5d10f4ab
 @dataclass(frozen=True)
@@ -72,13 +74,16 @@ def _up(x: float) -> str:
     "A bound in print: rounded up, so that the printed claim is true."
     return f"{math.ceil(x * 1e4 - 1e-9) / 1e4:.4g}"
 
-# %% ../nbs/01_certificate.ipynb #0c8a12ab
+# %% ../nbs/01_certificate.ipynb #7d376840
 def _limit(count, draws, level, side):
-    "Exact (Clopper-Pearson) one-sided limit of a proportion at confidence 1 - level."
-    from scipy.stats import binomtest
+    "Exact (Clopper-Pearson) one-sided limit of a proportion at confidence 1 - level: a quantile of the beta distribution."
+    from scipy.special import betaincinv
 
-    found = binomtest(int(count), int(draws), alternative="less" if side == "upper" else "greater").proportion_ci(1 - level, method="exact")
-    return float(found.high if side == "upper" else found.low)
+    if not (0 <= count <= draws and draws > 0):
+        raise ValueError(f"{count} of {draws} is no count: give how often the answer was given, and in how many draws")
+    if side == "upper":
+        return float(betaincinv(count + 1, draws - count, 1 - level)) if count < draws else 1.0
+    return float(betaincinv(count, draws - count + 1, level)) if count else 0.0
 
 
 def ks_margin_bound(p_a, p_b, statistics, d: int, kappa: int = 1, delta: float | None = None, tokens: int | None = None) -> Certificate:
@@ -123,13 +128,14 @@ def ks_margin_bound(p_a, p_b, statistics, d: int, kappa: int = 1, delta: float |
     facts = {"margin": margin, "p_a": low, "p_b": high, "d": int(d), "kappa": int(kappa), "delta": delta, "slack": slack}
     return Certificate("ks-margin", claim, margin > required, required, confidence, tokens, "touched token of the prefix", assumptions, vacuous=required >= 1, facts=facts)
 
-# %% ../nbs/01_certificate.ipynb #eec64cd0
+# %% ../nbs/01_certificate.ipynb #7288bc01
 CLAIMS = {
-    "exact": "the share of {unit}s on which the model with the ticket answers otherwise than the reference model",
-    "tokens": "the share of next tokens, averaged over {unit}s, on which the model with the ticket and the reference model disagree",
-    "quality_difference": "the chrF that the ticket loses against the reference model, averaged over {unit}s (1 is 100 points),",
-    "quality_shortfall": "the chrF by which the ticket falls short of the reference model, gains not counted, averaged over {unit}s (1 is 100 points),",
-    "loss": "the mean loss",
+    "exact": "the share of {unit}s that {ticket} translates otherwise than the reference model{part}",
+    "share": "the mean share of sentences that {ticket} translates otherwise than the reference model{part}, averaged over {unit}s,",
+    "tokens": "the mean share of next tokens on which {ticket} and the reference model disagree",
+    "quality_difference": "the mean loss of {ticket} against the reference model in {unit} chrF{part}, 0.01 being one point,",
+    "quality_shortfall": "the mean shortfall of {ticket} against the reference model in {unit} chrF{part}, 0.01 being one point and gains not counted,",
+    "loss": "the mean loss of {ticket}",
 }
 
 
@@ -164,11 +170,26 @@ class Losses:
             raise ValueError(f"loss {wrong[0]} is {values[wrong[0]]}: every loss must be a number from 0 to 1")
         if self.kind not in CLAIMS:
             raise ValueError(f"the kind of loss is {self.kind!r}: choose {', '.join(CLAIMS)}")
-        if not self.vouched and not (len(self.ids) == len(self.hashes) == len(values)):
+        if (self.ids or self.hashes or not self.vouched) and not (len(self.ids) == len(self.hashes) == len(values)):
             raise ValueError(f"{len(values)} losses come with {len(self.ids)} ids and {len(self.hashes)} hashes: give one of each for every loss")
+        if not (self.used or self.vouched):
+            raise ValueError("it is not recorded which sentences were used to tune and select the ticket: name their hashes, or pass vouched=True (--vouched) if you answer for it that these are others")
         overlap = [i for i, h in zip(self.ids, self.hashes) if h in self.used]
         if overlap:
             raise ValueError(f"calibration sentence {overlap[0]} was used to tune or select the ticket, and {len(overlap) - 1} others: calibrate on sentences that were not")
+
+    def grouped(self, groups, unit: str = "document"):
+        """The mean loss of each group as one unit: sentences of one document are no independent draws, documents may be.
+
+        groups: the name of the group that each loss belongs to. Raises ValueError if there is not one for each loss.
+        """
+        if len(groups) != len(self.values):
+            raise ValueError(f"{len(groups)} group names for {len(self.values)} losses: give each loss the name of its {unit}")
+        members = {g: [i for i, name in enumerate(groups) if name == g] for g in dict.fromkeys(groups)}
+        hashes = tuple(fingerprint("\n".join(self.hashes[i] for i in m)) for m in members.values()) if self.hashes else ()
+        ids = tuple(map(str, members)) if self.ids else ()
+        kind = "share" if self.kind == "exact" else self.kind
+        return replace(self, values=np.array([self.values[m].mean() for m in members.values()]), kind=kind, unit=unit, ids=ids, hashes=hashes)
 
     def natural(self, risk: float) -> float:
         "A risk on the scale on which people think: a difference lies between -1 and 1."
@@ -178,11 +199,10 @@ class Losses:
         "The inverse of `natural`."
         return (1 + epsilon) / 2 if self.kind == "quality_difference" else epsilon
 
-    @property
-    def claim(self) -> str:
+    def claim(self, ticket: str = "the ticket") -> str:
         "What the risk is, in words."
         part = {"": "", "whole": " (whole continuation)", "first_line": " (first line)"}.get(self.extraction, f" ({self.extraction})")
-        return CLAIMS[self.kind].format(unit=self.unit) + part
+        return CLAIMS[self.kind].format(unit=self.unit, ticket=ticket, part=part)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -205,7 +225,7 @@ def _provenance(losses, vouched):
         raise ValueError("these losses are bare numbers without provenance: compute them with kslottery.losses, or pass vouched=True if you answer for their independence")
     return Losses(losses, vouched=True)
 
-# %% ../nbs/01_certificate.ipynb #aebe1029
+# %% ../nbs/01_certificate.ipynb #ff3033bb
 def binomial_pvalue(values, epsilon: float, delta: float = 0.05) -> float:
     "Exact p-value of the hypothesis that the risk is at least epsilon, for n losses of 0 or 1. Raises ValueError for others. `delta` is not used."
     from scipy.stats import binom
@@ -231,6 +251,7 @@ def betting_pvalue(values, epsilon: float, delta: float = 0.05) -> float:
     """A valid p-value of the hypothesis that the risk is at least epsilon, for n losses in [0, 1] in the order of their draw.
 
     1 / (the largest wealth of a gambler who bets on small losses). The stakes are those of Waudby-Smith and Ramdas (2024, section 4.2), tuned to reach 1/delta; valid for every delta.
+    Where small losses come first and large ones last, the bound may lie below the observed mean: it is valid all the same, over the draw of the order.
     """
     x = np.asarray(values, dtype=np.float64)
     n, t = len(x), np.arange(1, len(x) + 1)
@@ -267,7 +288,7 @@ def risk_bound(values, delta: float, method: str = "clopper-pearson") -> float:
         low, high = (low, middle) if pvalue(values, middle, delta) <= delta else (middle, high)
     return high
 
-# %% ../nbs/01_certificate.ipynb #644c18a7
+# %% ../nbs/01_certificate.ipynb #3cd6128a
 def certify_agreement(losses, delta: float, method: str = "clopper-pearson", epsilon: float | None = None, vouched: bool = False) -> Certificate:
     """How far may the model with the ticket be from the reference model?
 
@@ -283,7 +304,7 @@ def certify_agreement(losses, delta: float, method: str = "clopper-pearson", eps
     holds = bound < 1 if epsilon is None else bound <= _inside("epsilon", epsilon)
     n = len(losses.values)
     limit = _up(bound) if holds or epsilon is None else f"{epsilon:g}; these losses support no better bound than {_up(bound)}"
-    claim = f"With probability at least {1 - delta:g} over the draw of {n} calibration {losses.unit}s, {losses.claim} is at most {limit}."
+    claim = f"With probability at least {1 - delta:g} over the draw of {n} calibration {losses.unit}s, {losses.claim()} is at most {limit}."
     facts = {
         "method": method, "delta": delta, "epsilon": epsilon, "loss": losses.kind, "extraction": losses.extraction,
         "observed": losses.natural(float(losses.values.mean())), "rows": list(losses.rows), "fingerprints": losses.prints,
@@ -292,7 +313,7 @@ def certify_agreement(losses, delta: float, method: str = "clopper-pearson", eps
         "agreement", claim, bool(holds), bound, 1 - delta, n, losses.unit, losses.assumptions, vacuous=bound >= 1, size=len(losses.rows) or None, facts=facts
     )
 
-# %% ../nbs/01_certificate.ipynb #443c3838
+# %% ../nbs/01_certificate.ipynb #be5f7cf5
 def sentences_needed(epsilon: float, delta: float) -> int:
     "The least number of calibration units with which a perfect record certifies a risk of at most epsilon at confidence 1 - delta: ceil(ln delta / ln(1 - epsilon))."
     return math.ceil(math.log(_inside("delta", delta)) / math.log1p(-_inside("epsilon", epsilon)))
@@ -323,7 +344,7 @@ def certify_tickets(losses_by_ticket: Mapping, epsilon: float, delta: float, met
     With probability at least 1 - delta over the draw of the calibration units, the risk of the ticket of `size` rows is at most epsilon (or nothing is claimed).
 
     losses_by_ticket: ticket size -> `Losses` of the same units (or bare numbers with vouched=True). The tickets are tested from the largest down, each at level delta, until the first that fails;
-    a lazy mapping is asked only for those. method: as for `certify_agreement`; by default the exact binomial test for losses that are 0 or 1 by their kind, else "betting".
+    a lazy mapping is asked only for those. method: as for `certify_agreement`; by default the exact binomial test for losses that are 0 or 1 (by their kind; bare numbers are all looked at), else "betting".
     epsilon: the tolerated risk (for "quality_difference" a difference from -1 to 1). To compare two rankings on the same sentences, give each delta/2.
     Raises ValueError for epsilon or delta outside (0, 1), no tickets, tickets that are not nested, losses that are not aligned, and whatever `Losses` refuses.
     Source: Angelopoulos et al. 2021 (Learn then Test), fixed-sequence testing.
@@ -336,7 +357,8 @@ def certify_tickets(losses_by_ticket: Mapping, epsilon: float, delta: float, met
     chosen, path = None, []
     for size, losses in _ladder(losses_by_ticket, vouched):
         if method is None:
-            method = "clopper-pearson" if losses.kind == "exact" or (losses.vouched and np.isin(losses.values, (0, 1)).all()) else "betting"
+            binary = losses.kind == "exact" or losses.kind == "loss" and all(np.isin(_provenance(some, vouched).values, (0, 1)).all() for some in losses_by_ticket.values())
+            method = "clopper-pearson" if binary else "betting"
         pvalue = _pvalue_of(method)(losses.values, losses.on_unit_scale(epsilon), delta)
         rejected = pvalue <= delta
         bound = losses.natural(risk_bound(losses.values, delta, method))
@@ -346,11 +368,11 @@ def certify_tickets(losses_by_ticket: Mapping, epsilon: float, delta: float, met
         chosen, last = int(size), losses
     last = losses if chosen is None else last
     n, needed = len(last.values), sentences_needed(last.on_unit_scale(epsilon), delta)
-    what = f"of the ticket of {chosen} rows" if chosen is not None else f"of the largest ticket ({path[0]['size']} rows)"
-    claim = f"With probability at least {1 - delta:g} over the draw of {n} calibration {last.unit}s, {last.claim} {what} is at most {epsilon:g}."
+    what = f"the ticket of {chosen} rows" if chosen is not None else f"the largest ticket ({path[0]['size']} rows)"
+    claim = f"With probability at least {1 - delta:g} over the draw of {n} calibration {last.unit}s, {last.claim(what)} is at most {epsilon:g}."
     if n < needed:
         claim += f" There are too few {last.unit}s: with {n} not even a perfect record would be enough, at least {needed} are needed."
-    assumptions = (*last.assumptions, "the ladder of tickets and epsilon were fixed before these losses were looked at", *(["no loss can be other than 0 or 1"] if last.vouched and method == "clopper-pearson" else []))
+    assumptions = (*last.assumptions, "the ladder of tickets and epsilon were fixed before these losses were looked at", *(["no loss can be other than 0 or 1"] if last.kind == "loss" and method == "clopper-pearson" else []))
     facts = {"method": method, "delta": delta, "epsilon": epsilon, "loss": last.kind, "extraction": last.extraction, "needed": needed, "rows": list(last.rows), "fingerprints": last.prints}
     bound = next((step["bound"] for step in reversed(path) if step["certified"]), None)
     return Certificate("ticket", claim, chosen is not None, bound, 1 - delta, n, last.unit, assumptions, size=chosen, path=tuple(path), facts=facts)

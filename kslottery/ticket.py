@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'versions', 'model_fingerprints', 'Ticket']
 
-# %% ../nbs/05_ticket.ipynb #32f9c243
+# %% ../nbs/05_ticket.ipynb #5b000485
 import json
 import platform
 from dataclasses import dataclass, field
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import fingerprint, whole_folder, write_json
+from .certificate import Certificate
+from .core import fingerprint, whole_folder, write_json, write_text
 from .ks import Scan
 from .rows import TunedRows, input_embedding
 
-# %% ../nbs/05_ticket.ipynb #6e638872
+# %% ../nbs/05_ticket.ipynb #279e295d
 SCHEMA = 1
 
 
@@ -68,6 +69,7 @@ class Ticket:
 
     rows: the ticket's tuned rows; embed_rows: all Embed-Tuned rows; scan: the scan that chose the ids; each may be None.
     info: JSON-ready facts (model, revision, fingerprints, tokens, alpha, correction, settings, seed, versions). sentences: hashes of the tuning pairs.
+    certificates: what has been proven about it (see `kslottery.certificate`).
     """
 
     ids: np.ndarray
@@ -76,6 +78,7 @@ class Ticket:
     embed_rows: TunedRows | None = None
     scan: Scan | None = None
     sentences: list[str] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list)
 
     @classmethod
     def make(cls, model, tokenizer, ids, *, name: str, revision: str | None = None, scan=None, rows=None, embed_rows=None, sentences=(), **facts):
@@ -147,10 +150,23 @@ class Ticket:
                 (work / "sentences.txt").write_text("\n".join(self.sentences) + "\n")
             if self.peft_obstacle is None:
                 self._save_adapter(work)
+            if self.certificates:
+                self._write_certificates(work)
             (work / "README.md").write_text(self._card(), encoding="utf-8")
             for name, content in (extra or {}).items():
                 (work / name).write_bytes(content)
             write_json(work / "ticket.json", record)
+
+    def _write_certificates(self, folder):
+        write_json(Path(folder) / "certificates.json", [json.loads(c.to_json()) for c in self.certificates])
+
+    def add_certificates(self, folder, certificates: list[Certificate]):
+        "Add certificates to the ticket and to its folder, where everything else stays as it is; one that is there already is not repeated. Raises FileNotFoundError for a folder without a ticket."
+        if not (Path(folder) / "ticket.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no ticket.json: save the ticket there first")
+        self.certificates += [c for c in certificates if c not in self.certificates]
+        self._write_certificates(folder)
+        write_text(Path(folder) / "README.md", self._card())
 
     def _save_adapter(self, folder):
         from peft import TrainableTokensConfig
@@ -168,6 +184,7 @@ class Ticket:
         return (
             f"---\nlibrary_name: peft\nbase_model: {json.dumps(self.info['model'])}\ntags: [kslottery]\n---\n\n# A KS-Lottery ticket of {len(self.ids)} rows\n\n"
             f"Model: `{self.info['model']}`. Tokens: {tokens or 'none'}.\n\nSettings and fingerprints: `ticket.json`. PEFT adapter: {self.peft_obstacle or 'in this folder'}.\n"
+            + "".join(f"\n```text\n{c}\n```\n" for c in self.certificates)
         )
 
     @classmethod
@@ -202,7 +219,11 @@ class Ticket:
         for derived in ("size", "peft", "statistic", "pvalue"):
             info.pop(derived, None)
         rows, embed, scan = tensors("rows"), tensors("embed_rows"), tensors("scan")
-        sentences = folder / "sentences.txt"
+        sentences, certificates = folder / "sentences.txt", folder / "certificates.json"
+        try:
+            proven = [Certificate.from_json(json.dumps(c)) for c in json.loads(certificates.read_text(encoding="utf-8"))] if certificates.exists() else []
+        except ValueError as error:
+            raise ValueError(f"{certificates} is damaged ({error}): remove it, and certify again") from None
         return cls(
             ids,
             info,
@@ -210,4 +231,5 @@ class Ticket:
             TunedRows(embed["ids"], embed["rows"]) if embed else None,
             _scan_from(scan) if scan else None,
             sentences.read_text().split() if sentences.exists() else [],
+            proven,
         )

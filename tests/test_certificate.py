@@ -1,0 +1,297 @@
+"""Certificates: exactness, coverage by simulation, power, and what must be refused.
+
+Simulations have fixed seeds, so they cannot flake. With fresh seeds each coverage check would fail by chance with the probability `FLAKE` at most.
+"""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
+
+from kslottery.certificate import (
+    PVALUES,
+    Certificate,
+    Losses,
+    betting_pvalue,
+    binomial_pvalue,
+    certify_agreement,
+    certify_tickets,
+    hoeffding_bentkus_pvalue,
+    ks_margin_bound,
+    risk_bound,
+    sentences_needed,
+)
+from kslottery.ks import critical_value
+
+FLAKE = 1e-4
+RUNS = 2000
+LOSSES = {  # name: (draw n losses whose mean is r, by rng)
+    "zero-one": lambda rng, n, r: (rng.random(n) < r).astype(float),
+    "rare and large": lambda rng, n, r: np.where(rng.random(n) < 2 * r, 0.5, 0.0),
+    "beta": lambda rng, n, r: rng.beta(2 * r, 2 * (1 - r), n),
+    "narrow": lambda rng, n, r: r + 0.5 * min(r, 1 - r) * (rng.random(n) - 0.5),
+    "three values": lambda rng, n, r: rng.choice([0.0, 0.25, 1.0], n, p=[1 - 1.75 * r, r, 0.75 * r]),
+}
+
+
+def mean_of(name, r):
+    "The true mean of a draw, by a large sample: a guard against a mistake in LOSSES."
+    return LOSSES[name](np.random.default_rng(0), 400_000, r).mean()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("r", [0.02, 0.1, 0.4])
+def test_the_simulated_losses_have_the_risk_they_claim(name, r):
+    x = LOSSES[name](np.random.default_rng(1), 1000, r)
+    assert 0 <= x.min() and x.max() <= 1 and abs(mean_of(name, r) - r) < 0.004
+
+
+def fits(method, name):
+    return method != "clopper-pearson" or name == "zero-one"
+
+
+@pytest.mark.parametrize("method, name", [(m, name) for m in PVALUES for name in LOSSES if fits(m, name)])
+def test_coverage(method, name):
+    "At a risk just above epsilon each certificate given is wrong: no more than a share delta of the calibrations may give one."
+    rng = np.random.default_rng(7)
+    for n, epsilon, delta in ((30, 0.1, 0.05), (100, 0.02, 0.1), (300, 0.1, 0.05)):
+        wrong = sum(PVALUES[method](LOSSES[name](rng, n, 1.001 * epsilon), epsilon, delta) <= delta for _ in range(RUNS))
+        assert binomtest(wrong, RUNS, delta, alternative="greater").pvalue > FLAKE, (n, epsilon, delta, wrong)
+
+
+@pytest.mark.parametrize("method, name", [(m, name) for m in PVALUES for name in LOSSES if fits(m, name)])
+def test_power(method, name):
+    "At a risk far below epsilon a certificate is given in at least nine of ten calibrations."
+    rng = np.random.default_rng(8)
+    given_ = sum(PVALUES[method](LOSSES[name](rng, 300, 0.02), 0.1, 0.05) <= 0.05 for _ in range(400))
+    assert given_ >= 360, given_
+
+
+def test_coverage_of_the_walk():
+    "Nested tickets on the same sentences, the losses strongly dependent: a ticket whose risk is above epsilon is certified in at most a share delta of the calibrations."
+    rng = np.random.default_rng(9)
+    for risks in ([0.101] * 8, [0.0, 0.02, 0.0999, 0.101, 0.101, 0.3], [0.02, 0.11, 0.02, 0.2]):
+        wrong = 0
+        for _ in range(RUNS):
+            u, own = rng.random(120), rng.random((len(risks), 120))
+            mixed = np.where(rng.random((len(risks), 120)) < 0.7, u, own)  # ticket i fails where its number is below its risk
+            losses = {10 - i: (mixed[i] < r).astype(int) for i, r in enumerate(risks)}
+            size = certify_tickets(losses, 0.1, 0.05, vouched=True).size
+            wrong += size is not None and risks[10 - size] > 0.1
+        assert binomtest(wrong, RUNS, 0.05, alternative="greater").pvalue > FLAKE, (risks, wrong)
+
+
+def test_the_walk_has_power():
+    rng = np.random.default_rng(10)
+    sizes = [
+        certify_tickets({8: rng.random(200) < 0.01, 4: rng.random(200) < 0.02, 2: rng.random(200) < 0.3}, 0.1, 0.05, vouched=True).size for _ in range(300)
+    ]
+    assert sizes.count(4) >= 270 and 2 not in sizes
+
+
+@given(st.integers(1, 60), st.floats(0.01, 0.99), st.floats(0.001, 0.999))
+def test_binomial_and_hoeffding_bentkus_are_super_uniform_exactly(n, epsilon, level):
+    "P(p <= level) at risk epsilon, summed over all outcomes, not simulated."
+    chances = binom.pmf(np.arange(n + 1), n, epsilon)
+    for pvalue in (binomial_pvalue, hoeffding_bentkus_pvalue):
+        p = np.array([pvalue(np.repeat([1.0, 0.0], [k, n - k]), epsilon) for k in range(n + 1)])
+        assert chances[p <= level].sum() <= level * (1 + 1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 9), st.floats(0.02, 0.98), st.floats(0.01, 0.5), st.floats(0.01, 0.99))
+def test_betting_is_super_uniform_exactly(n, epsilon, delta, level):
+    total = 0.0
+    for x in itertools.product((0.0, 1.0), repeat=n):
+        if betting_pvalue(x, epsilon, delta) <= level:
+            total += epsilon ** sum(x) * (1 - epsilon) ** (n - sum(x))
+    assert total <= level * (1 + 1e-9)
+
+
+@given(st.integers(1, 400), st.floats(0, 1), st.floats(0.001, 0.5))
+def test_clopper_pearson_is_scipys(n, share, delta):
+    k = round(share * n)
+    bound = certify_agreement(np.repeat([1, 0], [k, n - k]), delta, vouched=True).bound
+    exact = binomtest(k, n, alternative="less").proportion_ci(1 - delta, method="exact").high
+    assert abs(bound - exact) < 1e-11  # scipy solves for it to about 1e-12
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.sampled_from(["hoeffding-bentkus", "betting"]), st.floats(0.01, 0.5))
+def test_a_bound_inverts_its_pvalue(values, method, delta):
+    bound = risk_bound(values, delta, method)
+    assert 0 <= bound <= 1 and (method == "betting" or np.mean(values) <= bound + 1e-12)
+    if bound < 1:
+        assert PVALUES[method](values, bound, delta) <= delta
+    if bound > 1e-6:
+        assert PVALUES[method](values, bound - 1e-7, delta) >= delta * (1 - 1e-3)
+
+
+@given(st.floats(0.001, 0.9), st.floats(0.001, 0.9))
+def test_sentences_needed(epsilon, delta):
+    n = sentences_needed(epsilon, delta)
+    assert (1 - epsilon) ** n <= delta * (1 + 1e-9) and (n == 1 or (1 - epsilon) ** (n - 1) > delta * (1 - 1e-9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_the_margin_bound_holds_for_every_threshold_rule(seed, d):
+    "All of it by enumeration: rows of d numbers from {0..4}, the answer A if a weighted sum exceeds a threshold (half-lines in each number)."
+    rng = np.random.default_rng(seed)
+    rows = 2
+    F, G = rng.dirichlet(np.ones(5), rows), rng.dirichlet(np.ones(5), rows)
+    weights, threshold = rng.normal(size=rows * d), rng.normal()
+    grids = np.array(list(itertools.product(range(5), repeat=rows * d)))
+    answers = (grids - 2) @ weights > threshold
+    chance = lambda P: np.prod([P[c // d][grids[:, c]] for c in range(rows * d)], axis=0)[answers].sum()
+    tuned, partial = chance(G), chance(F)
+    D = np.abs(np.cumsum(F, 1) - np.cumsum(G, 1)).max(axis=1)
+    p_a, p_b = max(tuned, 1 - tuned), min(tuned, 1 - tuned)
+    certificate = ks_margin_bound(p_a, p_b, D, d)
+    assert abs(tuned - partial) <= certificate.bound / 2 + 1e-9
+    if certificate.holds:
+        assert (tuned > 0.5) == (partial > 0.5)
+
+
+@pytest.mark.parametrize("d", [1, 2, 7, 96, 768, 4096, 16384])
+@pytest.mark.parametrize("alpha", [0.05, 0.01, 1e-6])
+def test_limits_of_the_margin_bound(d, alpha):
+    tau = math.sqrt(-math.log(alpha / 2) / 2) * math.sqrt(2 / d)
+    assert 2 * d * tau > 1  # one row at the asymptotic critical value
+    if critical_value(alpha, d) <= 1:
+        assert ks_margin_bound(1.0, 0.0, [critical_value(alpha, d)], d).vacuous
+    sampled = ks_margin_bound(1.0, 0.0, [0.0], d, delta=0.05)
+    assert sampled.vacuous and sampled.abstained and sampled.bound >= min(2 * d, 2 * math.sqrt(2 * d * math.log(80))) - 1e-9
+    assert ks_margin_bound(1.0, 0.0, [], d, delta=0.05).holds  # only rows known to be untouched are free
+
+
+def test_the_union_runs_over_all_touched_tokens():
+    few, many = (ks_margin_bound(0.9, 0.1, [0.1], 64, delta=0.05, tokens=r).facts["slack"] for r in (1, 20))
+    assert few == 2 * math.sqrt(math.log(4 / 0.05) / 128) and many == 2 * math.sqrt(math.log(80 / 0.05) / 128)
+
+
+GOOD = dict(kind="exact", ids=("a", "b"), hashes=("x", "y"), used=frozenset(["z"]))
+
+
+def losses(values=(0, 0), **changes):
+    return Losses(np.array(values), **{**GOOD, **changes})
+
+
+@pytest.mark.parametrize(
+    "make, part",
+    [
+        (lambda: losses(used=frozenset(["y"])), "calibration sentence b was used"),
+        (lambda: losses(used=frozenset()), "not recorded which sentences"),
+        (lambda: losses([], ids=(), hashes=()), "n = 0"),
+        (lambda: certify_agreement([], 0.05, vouched=True), "n = 0"),
+        (lambda: losses([0, np.nan]), "loss 1 is nan"),
+        (lambda: losses([-0.1, 0]), "loss 0 is -0.1"),
+        (lambda: losses([0, np.inf]), "loss 1 is inf"),
+        (lambda: losses(kind="bleu"), "bleu"),
+        (lambda: losses(ids=("a",)), "1 ids"),
+        (lambda: certify_agreement([0, 1], 0.05), "vouched=True"),
+        (lambda: certify_agreement(losses(), 0), "delta is 0"),
+        (lambda: certify_agreement(losses(), 1.0), "delta is 1.0"),
+        (lambda: certify_agreement(losses(), float("nan")), "delta is nan"),
+        (lambda: certify_agreement(losses(), 0.05, epsilon=1.5), "epsilon is 1.5"),
+        (lambda: certify_agreement(losses(), 0.05, "hoeffding"), "choose clopper-pearson"),
+        (lambda: certify_agreement([0.5, 0.2], 0.05, vouched=True), "use betting"),
+        (lambda: certify_tickets({2: [0, 1]}, 0.1, 0.05), "vouched=True"),
+        (lambda: certify_tickets({2: losses()}, 0, 0.05), "epsilon is 0"),
+        (lambda: certify_tickets({2: losses()}, 0.1, -1), "delta is -1"),
+        (lambda: certify_tickets({}, 0.1, 0.05), "no tickets"),
+        (lambda: certify_tickets({"two": losses()}, 0.1, 0.05), "two"),
+        (lambda: certify_tickets({2: losses(rows=(1, 2, 3))}, 0.1, 0.05), "has 3 rows"),
+        (lambda: certify_tickets({2: losses(rows=(1, 2)), 1: losses(rows=(3,))}, 0.9, 0.9), "not nested: row 3"),
+        (lambda: certify_tickets({2: losses(), 1: losses(ids=("b", "a"), hashes=("y", "x"))}, 0.9, 0.9), "not of the same sentences"),
+        (lambda: certify_tickets({2: losses(), 1: losses(kind="tokens")}, 0.9, 0.9), "not of the same sentences"),
+        (lambda: certify_tickets({2: losses(prints={"reference": "p"}), 1: losses(prints={"reference": "q"})}, 0.9, 0.9), "another reference"),
+        (lambda: certify_tickets({2: [0, 0], 1: [0]}, 0.9, 0.9, vouched=True), "not of the same sentences"),
+        (lambda: ks_margin_bound(0.7, 0.6, [0.1], 4), "sum is at most 1"),
+        (lambda: ks_margin_bound(0.7, 0.2, [1.1], 4), "statistics must lie"),
+        (lambda: ks_margin_bound(0.7, 0.2, [float("nan")], 4), "statistics must lie"),
+        (lambda: ks_margin_bound(0.7, 0.2, [0.1], 0), "at least 1"),
+        (lambda: ks_margin_bound((7, 10), 0.2, [0.1], 4), "give delta"),
+        (lambda: ks_margin_bound((11, 10), None, [0.1], 4, delta=0.05), "11 of 10"),
+        (lambda: losses().grouped(["one"]), "1 group names for 2 losses"),
+        (lambda: Certificate.from_json('{"claim": 1}'), "not a certificate"),
+        (lambda: Certificate.from_json("{"), "not a certificate"),
+    ],
+)
+def test_misuse_gets_one_clear_sentence(make, part):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert part in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=30),
+    st.floats(0.001, 0.999),
+    st.floats(0.001, 0.999),
+    st.sampled_from(["loss", "tokens", "quality_difference"]),
+)
+def test_every_certificate_says_its_probability_and_survives_json(values, epsilon, delta, kind):
+    n = len(values)
+    mine = Losses(values, kind, ids=tuple(map(str, range(n))), hashes=tuple(f"h{i}" for i in range(n)), used=frozenset(["u"]), prints={"ticket": "é⏎"})
+    made = [
+        certify_agreement(mine, delta, "betting"),
+        certify_agreement(mine, delta, "hoeffding-bentkus", epsilon=epsilon),
+        certify_tickets({1: mine, 5: mine}, epsilon, delta),
+        ks_margin_bound(0.6, 0.2, values, 3, delta=delta),
+    ]
+    for certificate in made:
+        assert "With probability at least " in certificate.claim and certificate.claim in str(certificate)
+        assert certificate.abstained is not certificate.holds and str(certificate).startswith("CERTIFIED" if certificate.holds else "ABSTAINS")
+        again = Certificate.from_json(certificate.to_json())
+        assert again == certificate and json.loads(again.to_json()) == json.loads(certificate.to_json())
+    assert made[2].abstained == (made[2].size is None)
+
+
+def test_too_few_sentences_are_counted():
+    found = certify_tickets({3: [0] * 58}, 0.05, 0.05, vouched=True)
+    assert found.size is None and "at least 59" in found.claim and found.facts["needed"] == 59
+    assert certify_tickets({3: [0] * 59}, 0.05, 0.05, vouched=True).size == 3
+
+
+def test_a_perfect_ticket_does_not_decide_the_method_for_the_others():
+    found = certify_tickets({9: np.zeros(300), 3: np.full(300, 0.25)}, 0.1, 0.05, vouched=True)
+    assert found.size == 9 and found.facts["method"] == "betting"
+    assert certify_tickets({9: np.zeros(300), 3: np.ones(300)}, 0.1, 0.05, vouched=True).facts["method"] == "clopper-pearson"
+    perfect = losses([0] * 300, kind="tokens", ids=tuple(map(str, range(300))), hashes=tuple(map(str, range(300))), vouched=True)
+    assert certify_tickets({9: perfect}, 0.1, 0.05).facts["method"] == "betting"
+
+
+def test_a_lazy_ladder_is_asked_only_for_what_is_needed():
+    asked = []
+
+    class Ladder(dict):
+        def __getitem__(self, size):
+            asked.append(size)
+            names = tuple(map(str, range(50)))
+            return losses(np.ones(50) if size < 8 else np.zeros(50), ids=names, hashes=names)
+
+    assert certify_tickets(Ladder.fromkeys([2, 4, 8, 16]), 0.2, 0.05).size == 8 and asked == [16, 8, 4]
+
+
+def test_groups_are_the_units():
+    mine = Losses([0, 1, 1, 0.5], "tokens", ids=tuple("abcd"), hashes=tuple("1234"), used=frozenset(["9"]))
+    grouped = mine.grouped(["q", "p", "p", "q"])
+    assert grouped.values.tolist() == [0.25, 1.0] and grouped.ids == ("q", "p") and len(set(grouped.hashes)) == 2
+    found = certify_agreement(grouped, 0.05, "betting")
+    assert found.n == 2 and found.unit == "document" and "2 calibration documents" in found.claim
+
+
+def test_repeated_sentences_are_named():
+    assert any("1 repeated" in a for a in certify_agreement(losses(hashes=("x", "x")), 0.05).assumptions)
+
+
+def test_a_difference_is_on_the_scale_of_people():
+    mine = losses([0.51] * 300, kind="quality_difference", ids=tuple(map(str, range(300))), hashes=tuple(map(str, range(300))))
+    found = certify_tickets({4: mine}, 0.05, 0.05)
+    assert found.size == 4 and abs(found.path[0]["risk"] - 0.02) < 1e-12 and 0.02 < found.bound < 0.05
+    assert certify_tickets({4: mine}, 0.01, 0.05).abstained
