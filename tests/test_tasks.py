@@ -31,6 +31,8 @@ def test_what_it_leaves_and_says(run):
     room, said, results = run
     assert sorted(p.name for p in (room / "run").iterdir()) == ["outputs", "report.html", "results.json", "tasks.ipynb"]
     assert list(results["tasks"]) == ["classify", "summarise"] and all(s in said for s in results["summary"])
+    page = (room / "run" / "report.html").read_text()
+    assert "Traceback" not in page and "<s>" not in page  # tokens are text, whatever they look like
     arms = {"base", "embed_tuning", "ticket", "random_rows", "wording_rows", "other_rows"}
     for task, other in (("classify", "summarise"), ("summarise", "classify")):
         assert set(results["tasks"][task]) == arms | {f"ticket_of_{other}"}
@@ -77,13 +79,6 @@ def test_every_overlap_follows_from_the_tickets(run):
 
 
 def test_bad_input_gets_one_sentence(run, tmp_path):
-    room = run[0]
-    good = room / "classify-train.jsonl"
-    (tmp_path / "fields.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
-    for train, test, words in (
-        (f"{good},{good}", good, "2 training sets and 1 test sets"),
-        (tmp_path / "fields.jsonl", good, "prompt, answer"),
-        (tmp_path / "none.jsonl", good, "does not exist"),
-    ):
-        status, _, error = kslottery("run", "tasks", "-p", "fast=true", "-p", f"train={train}", "-p", f"test={test}", "-p", f"out={tmp_path / 'r'}")
-        assert status == 1 and words in error.splitlines()[-1] and "Traceback" not in error
+    good = run[0] / "classify-train.jsonl"
+    status, _, error = kslottery("run", "tasks", "-p", "fast=true", "-p", f"train={good},{good}", "-p", f"test={good}", "-p", f"out={tmp_path / 'r'}")
+    assert status == 1 and "2 training sets and 1 test sets" in error.splitlines()[-1] and "Traceback" not in error
