@@ -1,13 +1,15 @@
 """The built-in world: one seed, one world; its test meanings are never seen in pre-training; it loads like any other checkpoint."""
 
+import json
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from kslottery import babel
 from kslottery.core import fingerprint, load_model
-from kslottery.data import TEMPLATES, encode_all, load_pairs
+from kslottery.data import TEMPLATES, Pair, encode, encode_all, load_pairs
 
 
 def test_one_seed_one_world(tmp_path, monkeypatch):
@@ -76,3 +78,71 @@ def test_the_fast_world_translates_and_does_not_stop():
     outputs = translate(model, tokenizer, encode_all(tokenizer, "babel", pairs, "Aldan-Borel"), max_new_tokens=50, batch_size=25, progress=False)
     s = score(outputs, [p.target for p in pairs])
     assert s["eos_rate"] < 0.1 and s["first_line"]["bleu"] > 3 * s["whole"]["bleu"] > 0
+
+
+def test_the_tasks_say_what_they_claim():
+    for seed in (0, 5):
+        aldan, borel = languages = babel.make_languages(seed)
+        tokenizer = babel.make_tokenizer(languages)
+        meanings = babel.make_splits(seed)["dev"]
+        plain = [{word for kind in ("noun", "verb") for word in x.words[kind]} for x in languages]
+        for task in babel.TASKS:
+            records = babel.make_task(task, "dev", seed)
+            assert len(records) == len(meanings) and records == babel.make_task(task, "dev", seed)
+            for meaning, record in zip(meanings, records):
+                prompt, answer = record["prompt"], record["completion"][1:]
+                source = prompt.split("Input: ")[1].removesuffix("\nResponse:")
+                assert tokenizer.unk_token_id not in tokenizer(prompt + record["completion"])["input_ids"]
+                shown = languages[[x.name for x in languages].index(answer)] if task == "classify" else aldan
+                assert source == shown.say(meaning)
+                if task == "translate":
+                    assert answer == borel.say(meaning)
+                    example = encode(tokenizer, "prompt", Pair("x", prompt, record["completion"]))
+                    twin = encode(tokenizer, "babel", Pair("x", source, answer), ("Aldan", "Borel"))
+                    assert (example.ids, example.labels, example.prompt) == (twin.ids, twin.labels, twin.prompt)
+                if task == "summarise":
+                    words = iter(borel.say(meaning).replace(".", "").split())
+                    short = answer.removesuffix(".").split()
+                    assert all(w in words for w in short)  # a subsequence of the translation
+                    assert 2 <= len(short) <= 3 and all(any(w.startswith(stem) for stem in plain[1]) for w in short)
+        labels = [r["completion"] for r in babel.make_task("classify", "train", seed)]
+        assert 0.4 < labels.count(" Aldan") / len(labels) < 0.6 and set(labels) == {" Aldan", " Borel"}
+
+
+def test_the_prompts_of_the_tasks_never_occur_in_pre_training():
+    languages = babel.make_languages(0)
+    tokenizer = babel.make_tokenizer(languages)
+    rng = random.Random(0)
+    ids, _ = babel._pack(rng, tokenizer, babel._documents(rng, languages, set()), 400, babel.LENGTH, babel.STOP_SHARE)
+    text = "\n".join(tokenizer.decode(line) for line in ids)
+    for instruction in babel.TASKS.values():
+        assert instruction.format(a="Aldan", b="Borel").removesuffix(".") not in text
+
+
+def test_names_of_splits_and_tasks(tmp_path, monkeypatch):
+    monkeypatch.setitem(babel.SIZES, "tiny", {"hidden": 32, "steps": 2})
+    monkeypatch.setenv("KSLOTTERY_CACHE", str(tmp_path))
+    for name, fields in (("train", ["source", "target"]), ("classify-train", ["prompt", "completion"]), ("summarise-calibration", ["prompt", "completion"])):
+        lines = open(babel.resolve(f"babel:{name}", 1, "tiny")).read().splitlines()
+        assert [list(json.loads(line)) for line in lines] == [fields] * babel.SPLITS[name.split("-")[-1]]
+    assert load_pairs(babel.resolve("babel:classify-test", 1, "tiny"))[0].target in (" Aldan", " Borel")
+    for name in ("trian", "classify", "classify-", "-train", "rank-train", "classify-classify-train"):
+        with pytest.raises(ValueError, match="classify-train"):
+            babel.resolve(f"babel:{name}", 1, "tiny")
+    with pytest.raises(ValueError, match="'rank'"):
+        babel.make_task("rank", "train", 0)
+
+
+def test_what_the_world_writes_is_part_of_its_name(tmp_path, monkeypatch):
+    "The cache knows a world by VERSION: whoever changes its texts must raise it, or older folders would be read as if nothing had happened."
+    said = [[x.say(m) for x in babel.make_languages(0)] for meanings in babel.make_splits(0).values() for m in meanings]
+    tasks = [babel.make_task(task, split, 0) for task in babel.TASKS for split in babel.SPLITS]
+    assert (babel.VERSION, fingerprint(json.dumps([said, tasks, babel.FORMATS]))[:16]) == (2, "00f54f83ffbd72c8"), (
+        "raise VERSION and store the new fingerprint here"
+    )
+    monkeypatch.setitem(babel.SIZES, "tiny", {"hidden": 32, "steps": 2})
+    monkeypatch.setenv("KSLOTTERY_CACHE", str(tmp_path))
+    with monkeypatch.context() as past:
+        past.setattr(babel, "VERSION", babel.VERSION - 1)
+        (babel.build_world(0, "tiny", progress=False).folder / "train.jsonl").write_text("stale")
+    assert "stale" not in babel.build_world(0, "tiny", progress=False).split("train").read_text()

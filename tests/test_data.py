@@ -1,6 +1,7 @@
 """Pairs from every kind of file; roles on tokenizers of every kind; what is refused."""
 
 import gzip
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -168,3 +169,74 @@ def test_real_text():
         example = encode(TOKENIZERS["bpe"], "alpaca", pair, ("English", "Catalan"))
         source = [i for i, r in zip(example.ids, example.roles) if r == Role.SOURCE]
         assert TOKENIZERS["bpe"].decode(source).strip() == pair.source
+
+
+def jsonl(path, records):
+    text = "".join(json.dumps(r) + "\n" for r in records).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+PROMPTED = [{"prompt": "Is this good?\nVery bad.\nAnswer: ", "completion": "no\n"}, {"prompt": "The sky is", "completion": " blue."}]
+
+
+def test_prompts_and_completions_are_kept_as_they_are(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("a.jsonl", "a.jsonl.gz", "set/train.jsonl"):
+        path = jsonl(tmp_path / name, PROMPTED)
+        pairs = load_pairs(path.parent if name.startswith("set/") else path)  # a folder is read as a data set of the Hub
+        assert [{"prompt": p.source, "completion": p.target} for p in pairs] == PROMPTED, name
+    (tmp_path / "a.tsv").write_text("completion\tprompt\n blue.\tThe sky is\n")
+    assert load_pairs(tmp_path / "a.tsv")[0][1:] == ("The sky is", " blue.")
+    both = jsonl(tmp_path / "b.jsonl", [{"prompt": "p", "completion": "c", "en": " day ", "ca": "dia"}])
+    assert load_pairs(both, "en-ca")[0][1:] == ("day", "dia")  # the languages asked for come first
+
+
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(KINDS), prompt=words, completion=words, gap=st.sampled_from(["", " ", "\n", ":\n\n"]))
+def test_any_prompt_and_completion(kind, prompt, completion, gap):
+    "The prompt's tokens are those that generation will see; labels are the completion and the EOS; a space may stand on either side of the boundary."
+    tok = TOKENIZERS[kind]
+    example = encode(tok, "prompt", Pair("x", prompt + gap, completion))
+    seen = tok((prompt + gap).rstrip(" "))["input_ids"]
+    assert example.ids[: example.prompt] == (seen[:-1] if kind == "bpe-closed" else seen)
+    assert set(example.labels[: example.prompt]) == {-100} and example.labels[example.prompt :] == example.ids[example.prompt :]
+    assert example.ids[-1] == tok.eos_token_id and tok.eos_token_id not in example.ids[:-1]
+    special = set(tok.all_special_ids) - {tok.unk_token_id}
+    assert all(r == Role.SOURCE for i, r in zip(example.ids[: example.prompt], example.roles) if i not in special)
+    if gap == " ":
+        assert example == encode(tok, "prompt", Pair("x", prompt, " " + completion))
+    if kind.startswith("bpe"):
+        assert tok.decode(example.ids, skip_special_tokens=True) == prompt + gap + completion
+
+
+def test_a_boundary_that_would_merge_keeps_the_prompt():
+    "The joint text 'Answer:yes' begins with a token ':y' that the open prompt never holds: the completion is tokenised alone."
+    tok = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "A": 2, ":": 3, "y": 4, "e": 5, "s": 6, ":y": 7}, [(":", "y")]))
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>")
+    assert tok("A:yes")["input_ids"] == [2, 7, 5, 6]
+    example = encode(tok, "prompt", Pair("x", "A:", "yes"))
+    assert example.ids == [2, 3, 4, 5, 6, 1] and example.labels == [-100, -100, 4, 5, 6, 1] and example.prompt == 2
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"prompt": "a", "completion": " \n"}, ["pair 2", "empty completion"]),
+        ({"prompt": " ", "completion": "b"}, ["pair 2", "empty prompt"]),
+        ({"prompt": "a", "answer": "b"}, ["line 2", "prompt, answer", "prompt and completion"]),
+        ({"prompt": "a", "completion": None}, ["line 2", "prompt and completion"]),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, ["line 2", "prompt", "list", "chat template"]),
+    ],
+)
+def test_bad_prompts_get_one_sentence(tmp_path, record, words):
+    with pytest.raises(ValueError) as caught:
+        load_pairs(jsonl(tmp_path / "a.jsonl", [PROMPTED[0], record]))
+    assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value)
+
+
+def test_languages_are_needed_only_where_the_template_says_them():
+    pair = Pair("x", "Good day", "Bon dia")
+    with pytest.raises(ValueError, match="'explicit' says the languages"):
+        encode_all(TOKENIZERS["bpe"], "explicit", [pair])
+    assert encode_all(TOKENIZERS["bpe"], "Say {source}: {target}", [pair]) == encode_all(TOKENIZERS["bpe"], "Say {source}: {target}", [pair], "en-ca")
