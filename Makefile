@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 0
 RUN ?= runs/quickstart
 
-.PHONY: help setup run run-real test test-full export notebooks clean bench-ks
+.PHONY: help setup run run-real test test-full export notebooks clean bench-ks bench-bank bench-step
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -46,3 +46,9 @@ clean: ## remove what can be built again (the environment, builds; not runs/)
 
 bench-ks: .venv/ready ## the KS scan against a scipy loop: ratios, memory, growth
 	@$(BIN)/python benchmarks/bench_ks.py --out benchmarks/results/ks.json
+
+bench-bank: .venv/ready ## many tickets in one batch against merged models and switched LoRA adapters
+	@$(BIN)/python benchmarks/bench_bank.py --out benchmarks/results/bank.json
+
+bench-step: .venv/ready ## one step of row tuning against PEFT, LoRA, dense and full tuning: ratios of time and memory
+	@$(BIN)/python benchmarks/bench_step.py --out benchmarks/results/step.json

@@ -106,7 +106,7 @@ def write_text(path, text: str):
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/core.ipynb #0cfb6dd6
+# %% ../nbs/core.ipynb #676fd097
 @contextlib.contextmanager
 def quiet_transformers():
     "Silence the progress bars of `transformers` inside the block."
@@ -125,7 +125,7 @@ def load_model(name: str, revision: str | None = None, dtype: str = "auto"):
     """Load a causal language model and its fast tokenizer for evaluation: (model, tokenizer).
 
     name: a checkpoint folder or a Hub id. dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Weights are read from safetensors only; no pickle is loaded.
-    Raises FileNotFoundError if there is no such model, ValueError if its tokenizer has neither a padding nor an EOS token.
+    Raises FileNotFoundError if there is no such model, ValueError if it is no causal language model or its tokenizer has neither a padding nor an EOS token.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,6 +138,8 @@ def load_model(name: str, revision: str | None = None, dtype: str = "auto"):
             model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise FileNotFoundError(f"model {name} is neither a checkpoint folder here nor a model that can be loaded ({str(error).splitlines()[0][:160]})") from error
+    except ValueError as error:  # an encoder-decoder, say
+        raise ValueError(f"model {name} cannot be loaded as a causal language model ({str(error).splitlines()[0][:160]}): choose a decoder-only one") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {name} has neither a padding nor an EOS token: set tokenizer.eos_token and save it")

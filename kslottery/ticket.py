@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'versions', 'model_fingerprints', 'Ticket']
 
-# %% ../nbs/05_ticket.ipynb #5b000485
+# %% ../nbs/05_ticket.ipynb #4e581fe8
 import json
 import platform
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ import numpy as np
 from .certificate import Certificate
 from .core import fingerprint, whole_folder, write_json, write_text
 from .ks import Scan
-from .rows import TunedRows, input_embedding
+from .rows import TunedRows, input_embedding, is_tied
 
-# %% ../nbs/05_ticket.ipynb #279e295d
+# %% ../nbs/05_ticket.ipynb #6744c7df
 SCHEMA = 1
 
 
@@ -40,14 +40,16 @@ def model_fingerprints(model, tokenizer) -> dict[str, str]:
     return {"embedding": fingerprint(input_embedding(model).weight), "tokenizer": fingerprint(_tokenizer_state(tokenizer))}
 
 
-def _info(ids, name, revision, tied, module, matrix, tokenizer, fingerprints, facts):
-    "The facts that every ticket records."
+def _info(ids, name, revision, tied, modules, matrix, tuned, tokenizer, fingerprints, facts):
+    "The facts that every ticket records; tuned: what `TunedRows` it has."
     return {
         "schema_version": SCHEMA,
         "model": str(name),
         "revision": revision,
         "tied_embeddings": tied,
-        "embedding_module": module,
+        "embedding_module": modules[0],
+        "output_module": modules[1] if len(modules) > 1 else None,  # if it is tied
+        "mode": next((r.mode for r in tuned if r is not None), "input_only"),
         "dtype": str(matrix.dtype).removeprefix("torch."),
         "V": matrix.shape[0],
         "d": matrix.shape[1],
@@ -56,6 +58,12 @@ def _info(ids, name, revision, tied, module, matrix, tokenizer, fingerprints, fa
         "versions": versions(),
         **facts,
     }
+
+
+def _modules(model):
+    "The names of the modules that hold a model's input embedding: the embedding and, if it is tied, the output."
+    places = [input_embedding(model), *([model.get_output_embeddings()] if is_tied(model) else [])]
+    return [n for place in places for n, m in model.named_modules() if m is place]
 
 
 def _scan_from(stored):
@@ -90,24 +98,25 @@ class Ticket:
         ids = np.asarray(ids, dtype=np.int64)
         if rows is not None and sorted(ids.tolist()) != rows.ids.tolist():
             raise ValueError(f"the ticket has {len(ids)} ids and rows for {len(rows)} others: restrict the rows to the ticket first")
-        module = next(n for n, m in model.named_modules() if m is input_embedding(model))
-        tied = bool(model.config.tie_word_embeddings)
-        info = _info(ids, name, revision, tied, module, input_embedding(model).weight, tokenizer, model_fingerprints(model, tokenizer), facts)
+        matrix, prints = input_embedding(model).weight, model_fingerprints(model, tokenizer)
+        info = _info(ids, name, revision, is_tied(model), _modules(model), matrix, (rows, embed_rows), tokenizer, prints, facts)
         return cls(ids, info, rows, embed_rows, scan, list(sentences))
 
     @classmethod
-    def from_checkpoints(cls, base, tuned, ids, scan, *, tensor: str | None = None, tokenizer=None, tied: bool = False, **facts):
+    def from_checkpoints(cls, base, tuned, ids, scan, *, tensor: str | None = None, tokenizer=None, tied: bool = False, mode: str = "input_only", **facts):
         """A ticket from a bare scan of two checkpoints, without building a model: it has no data and no template, and the tuned checkpoint is its reference.
 
         base, tuned: `kslottery.checkpoints.Checkpoint`. ids, scan: of the tensor named (default: the input embedding, whose tuned rows the ticket then holds).
+        tied: whether the base ties input and output embeddings. mode: "shared" if the tuned checkpoint ties them too: what moved then moved in both places.
         """
         name, ids = tensor or base.embedding(), np.asarray(ids, dtype=np.int64)
         is_embedding = tensor is None or tensor == base.embedding()
         prints = {"embedding": fingerprint(base[name]), "tokenizer": fingerprint(_tokenizer_state(tokenizer)) if tokenizer is not None else None}
         facts = {"tuned": tuned.source, "tensor": name, **facts}
-        info = _info(ids, base.source, None, tied, name.removesuffix(".weight"), base[name], tokenizer if is_embedding else None, prints, facts)
-        rows = np.stack([tuned[name][int(i) : int(i) + 1].float().numpy()[0] for i in ids]) if len(ids) else np.zeros((0, info["d"]), np.float32)
-        return cls(ids, info, TunedRows(ids, rows) if is_embedding else None, None, scan)
+        moved = np.stack([tuned[name][int(i) : int(i) + 1].float().numpy()[0] for i in ids]) if len(ids) else np.zeros((0, base[name].shape[1]), np.float32)
+        rows = TunedRows(ids, moved, mode) if is_embedding else None
+        info = _info(ids, base.source, None, tied, [name.removesuffix(".weight")], base[name], (rows,), tokenizer if is_embedding else None, prints, facts)
+        return cls(ids, info, rows, None, scan)
 
     def check(self, model, tokenizer):
         "Raise ValueError unless the ticket was made for this model and tokenizer."
@@ -120,12 +129,12 @@ class Ticket:
 
     @property
     def peft_obstacle(self) -> str | None:
-        "Why the ticket cannot be a PEFT adapter, or None if it can: PEFT has no empty ticket, and shares tied rows with the output."
+        "Why the ticket cannot be a PEFT adapter, or None if it can: PEFT has no empty ticket, and always shares tied rows with the output."
         if not len(self.ids):
             return "the ticket is empty"
         if self.rows is None:
             return "the ticket has no tuned rows"
-        if self.info["tied_embeddings"]:
+        if self.info["tied_embeddings"] and self.rows.mode == "input_only":
             return "the model ties input and output embeddings, and PEFT would change both where this ticket changes the input only"
         return None
 
@@ -177,7 +186,49 @@ class Ticket:
             token_indices=self.rows.ids.tolist(), target_modules=[module], task_type="CAUSAL_LM", base_model_name_or_path=self.info["model"],
             revision=self.info["revision"], inference_mode=True,
         ).save_pretrained(folder)  # fmt: skip
-        save_file({f"base_model.model.{module}.trainable_tokens_delta": self.rows.rows.detach().cpu().numpy()}, folder / "adapter_model.safetensors")
+        rows = self.rows.rows.detach().cpu().numpy()  # PEFT reads them once, and misses them in a tied output if they are not there too
+        places = [m for m in (module, self.info.get("output_module")) if m]
+        save_file({f"base_model.model.{m}.trainable_tokens_delta": rows for m in places}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+    def to_peft(self, folder):
+        """Write the ticket as a PEFT adapter and nothing else, whole or not at all.
+
+        Raises ValueError for a ticket that PEFT cannot represent (`peft_obstacle`), FileExistsError if the folder is there and not empty.
+        """
+        if self.peft_obstacle:
+            raise ValueError(f"PEFT cannot hold this ticket: {self.peft_obstacle}")
+        with whole_folder(folder, is_own=lambda path: False) as work:
+            self._save_adapter(work)
+
+    @classmethod
+    def from_peft(cls, folder, model, tokenizer, name: str | None = None, **facts):
+        """A ticket from a PEFT TrainableTokens adapter for `model` (the plain base). On a tied model its rows are `shared`, as PEFT reads them.
+
+        name: what the model is called (default: as the adapter calls it). facts: as in `make`.
+        Raises FileNotFoundError if the folder holds no adapter in safetensors, ValueError for another kind of adapter, or one that tunes more than the input embedding's rows.
+        """
+        from peft import PeftConfig
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{folder} holds no {file}: give a PEFT adapter saved as safetensors")
+        about = PeftConfig.from_pretrained(folder)
+        if about.peft_type != "TRAINABLE_TOKENS":
+            raise ValueError(f"{folder} holds a {about.peft_type.value} adapter: only TRAINABLE_TOKENS is a choice of rows")
+        try:
+            stored = load_file(folder / "adapter_model.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/adapter_model.safetensors is damaged ({error}): copy the adapter again") from None
+        known = [f"base_model.model.{m}.trainable_tokens_delta" for m in _modules(model)]  # PEFT stores tied rows twice
+        strange = [k for k in stored if k not in known]
+        if strange or known[0] not in stored:
+            raise ValueError(f"{folder} holds {', '.join(strange or stored)}: a ticket is {known[0]} and nothing else")
+        rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")
+        rows.fits(model)
+        return cls.make(model, tokenizer, about.token_indices, name=name or about.base_model_name_or_path, revision=about.revision, rows=rows, **facts)
 
     def _card(self):
         tokens = ", ".join(f"`{t!r}`" for t in self.info["tokens"][:20])
@@ -227,8 +278,7 @@ class Ticket:
         return cls(
             ids,
             info,
-            TunedRows(rows["ids"], rows["rows"]) if rows else None,
-            TunedRows(embed["ids"], embed["rows"]) if embed else None,
+            *(TunedRows(part["ids"], part["rows"], info.setdefault("mode", "input_only")) if part else None for part in (rows, embed)),
             _scan_from(scan) if scan else None,
             sentences.read_text().split() if sentences.exists() else [],
             proven,

@@ -26,6 +26,7 @@ ORDER = (
     "rows",
     "ticket",
     "tuning",
+    "bank",
     "evaluation",
     "losses",
     "audit",

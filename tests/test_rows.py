@@ -5,17 +5,18 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, M2M100Config, M2M100ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from conftest import ARCHITECTURES, tiny_model
-from kslottery.data import Role
-from kslottery.rows import TunedRows, input_embedding, sample_ids
+from conftest import ARCHITECTURES, TIED, talker, tiny_model
+from kslottery.data import Example, Role, collate
+from kslottery.rows import TunedRows, input_embedding, is_tied, sample_ids
 
 X = torch.tensor([[1, 7, 9, 7, 5], [3, 9, 9, 3, 7]])
+GREEDY = dict(attention_mask=torch.ones_like(X), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=63)
 
 
-def random_rows(ids=(3, 7, 9), d=16, seed=0):
-    return TunedRows(ids, torch.randn(len(ids), d, generator=torch.Generator().manual_seed(seed)))
+def random_rows(ids=(3, 7, 9), d=16, seed=0, mode="input_only"):
+    return TunedRows(ids, torch.randn(len(ids), d, generator=torch.Generator().manual_seed(seed)), mode)
 
 
 def state(model):
@@ -112,13 +113,191 @@ def test_merging_on_a_tied_model_unties_the_copy_only():
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight and model.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("mode", ["input_only", "shared"])
+@pytest.mark.parametrize("kind", TIED)
+def test_the_two_modes_of_a_tied_model(kind, mode, tmp_path):
+    """The mode says whether the output follows the rows, in reading, in merging and in what is stored.
+
+    Known trouble: PEFT changed the input only, then the input and the output, of tied models (PR 2399), still treats the tie differently from case to case (issue 2864), and merging an adapter
+    into one of two tied matrices leaves it in both or in none (PR 2972).
+    """
+    model, rows = talker(kind), random_rows(mode=mode)
+    base, head = state(model), model.get_output_embeddings().weight.clone()
+    with torch.no_grad():
+        merged = rows.merged(model)
+        with rows.applied(model):
+            read, texts = model(X).logits, [model.generate(X, num_beams=b, **GREEDY) for b in (1, 3)]
+        torch.testing.assert_close(read, merged(X).logits)
+        assert all(torch.equal(a, merged.generate(X, num_beams=b, **GREEDY)) for a, b in zip(texts, (1, 3)))
+    assert not torch.equal(texts[0], model.generate(X, **GREEDY))
+    after = state(model)
+    assert all(torch.equal(base[k], after[k]) for k in base) and is_tied(model) and not model.get_output_embeddings()._forward_hooks
+    merged.save_pretrained(tmp_path)
+    for copy_ in (merged, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        assert is_tied(copy_) == copy_.config.tie_word_embeddings == (mode == "shared")
+        assert torch.equal(copy_.get_output_embeddings().weight, copy_.get_input_embeddings().weight if mode == "shared" else head)
+        assert torch.equal(copy_.get_input_embeddings().weight[[3, 7, 9]], rows.rows) and torch.equal(copy_(X).logits, merged(X).logits)
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_shared_rows_learn_from_both_places(kind):
+    "Their gradient is that of the whole tied matrix; an optimiser's step on them is the step on the matrix. The input alone has another gradient."
+    model, whole, target = tiny_model(kind).requires_grad_(False), tiny_model(kind), X.roll(-1, dims=1)
+    loss = lambda m: torch.nn.functional.cross_entropy(m(X).logits.flatten(0, 1), target.flatten())
+    loss(whole).backward()
+    expected = whole.get_input_embeddings().weight.grad[[3, 7, 9]]
+    gradients = {}
+    for mode in ("shared", "input_only"):
+        rows = TunedRows.of(model, [3, 7, 9], mode)
+        with rows.applied(model):
+            loss(model).backward()
+        gradients[mode] = rows.rows.grad
+    torch.testing.assert_close(gradients["shared"], expected)
+    assert not torch.allclose(gradients["input_only"], expected, rtol=0.1)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_untied_model_stays_untied():
+    "The weights decide, not a flag. Known trouble: PEFT ties by the method's argument, whatever the model's configuration says (issue 2944)."
+    untied = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)).eval()
+    flagged = tiny_model("llama")
+    flagged.config.tie_word_embeddings = True  # a flag that is wrong
+    for model in (untied, flagged):
+        head = model.get_output_embeddings().weight.clone()
+        merged = random_rows().merged(model)
+        assert not is_tied(model) and not is_tied(merged) and torch.equal(merged.get_output_embeddings().weight, head)
+        for use in (lambda m: random_rows(mode="shared").merged(m), lambda m: random_rows(mode="shared").applied(m).__enter__()):
+            with pytest.raises(ValueError, match="does not tie.*input_only"):
+                use(model)
+
+
+def test_scaled_embeddings_scale_the_rows_too():
+    "Known trouble: PEFT's trainable tokens left out Gemma's factor sqrt(d) (issue 2809), so that tuned rows were read at a quarter of their size here."
+    model, rows = tiny_model("gemma"), random_rows()
+    with rows.applied(model), torch.no_grad():
+        read = model.get_input_embeddings()(X)
+    assert torch.equal(read[0, 1], rows.rows[1] * 4) and torch.equal(rows.rows, random_rows().rows)
+
+
+def test_rows_beyond_the_tokenizer():
+    """Embeddings are padded to round sizes, and resized: an id is valid up to the embedding's last row, and not beyond.
+
+    Known trouble: PEFT takes the tokenizer's length for the embedding's and cuts it (issue 2415).
+    """
+    model, rows = tiny_model("qwen2", vocabulary=80), random_rows([9, 79])
+    x = torch.tensor([[1, 79, 9]])
+    with torch.no_grad():
+        with rows.applied(model):
+            assert torch.equal(model(x).logits, rows.merged(model)(x).logits)
+        model.resize_token_embeddings(96, mean_resizing=False)
+        for tuned, ids in ((rows, x), (random_rows([9, 95]), x + 16)):
+            with tuned.applied(model):
+                assert torch.equal(model(ids).logits, tuned.merged(model)(ids).logits)
+    with pytest.raises(ValueError, match="96"):
+        TunedRows.of(model, [96])
+
+
+def test_padding_with_eos_still_teaches_to_stop():
+    """With pad = eos, each sentence's own EOS has a label and the padding none, and the rows learn to stop.
+
+    Known trouble: collators that mask every padding id mask the EOS too, and the model never stops (mlabonne/llm-course issue 33; huggingface/trl PR 3091).
+    """
+    eos, model = 2, tiny_model("llama").requires_grad_(False)
+    data = [Example("a", [1, 5, 7, eos], [-100, -100, 7, eos], [1] * 4, 2), Example("b", [1, 6, 9, 11, 13, eos], [-100, -100, 9, 11, 13, eos], [1] * 6, 2)]
+    batch = collate(data, eos)
+    assert batch["input_ids"].shape == (2, 6) and batch["input_ids"][0, 4:].tolist() == [eos, eos]  # the padding
+    assert (batch["labels"] == eos).sum(1).tolist() == [1, 1] and batch["labels"][0, 4:].tolist() == [-100, -100]
+    rows = TunedRows.of(model, [5, 6, 7, 9, 11, 13])
+    optimizer = torch.optim.AdamW(rows.parameters(), lr=0.1, weight_decay=0)
+    with rows.applied(model):
+        for _ in range(60):
+            optimizer.zero_grad()
+            model(**{k: v for k, v in batch.items() if k != "roles"}).loss.backward()
+            optimizer.step()
+        out = [model.generate(torch.tensor([[1, i]]), max_new_tokens=8, do_sample=False, eos_token_id=eos, pad_token_id=eos)[0, 2:].tolist() for i in (5, 6)]
+    assert out == [[7, eos], [9, 11, 13, eos]]
+
+
+def test_weight_decay_reaches_the_tuned_rows_only():
+    "Known trouble: a dense embedding with masked gradients still decays everywhere (diffusers issues 1009 and 1176). Here no optimiser can see the other rows."
+    decayed = {}
+    for way in ("rows", "masked"):
+        model = tiny_model("llama").requires_grad_(False)
+        weight, rows = model.get_input_embeddings().weight, TunedRows.of(model, [3, 7, 9])
+        before, tuned = weight.clone(), [rows.rows] if way == "rows" else [weight.requires_grad_(True)]
+        if way == "masked":
+            mask = torch.zeros(64, 1)
+            mask[[3, 7, 9]] = 1
+            weight.register_hook(lambda g, mask=mask: g * mask)
+        optimizer = torch.optim.AdamW(tuned, lr=1e-2, weight_decay=0.1)
+        with rows.applied(model) if way == "rows" else torch.enable_grad():
+            for _ in range(3):
+                model(X, labels=X).loss.backward()
+                optimizer.step()
+        result = rows.merged(model).get_input_embeddings().weight if way == "rows" else weight
+        decayed[way] = (result != before).any(1).nonzero().flatten().tolist()
+    assert decayed == {"rows": [3, 7, 9], "masked": list(range(1, 64))}  # row 0, the padding's, is zero and cannot decay
+
+
+def test_two_tickets_never_overwrite_each_other(model):
+    "Known trouble: PEFT merged one adapter after another over shared token ids without a word (issue 3510)."
+    rows, clash, apart = random_rows(), random_rows([9, 11], seed=1), random_rows([11, 13], seed=1)
+    with rows.applied(model):
+        with pytest.raises(ValueError, match="token id 9.*overwrite"), clash.applied(model):
+            pass
+        with apart.applied(model), torch.no_grad():
+            both = model(X + 4).logits
+    assert not model.get_input_embeddings()._forward_hooks
+    assert rows.conflicts(clash).tolist() == [9]
+    with pytest.raises(ValueError, match=r"\[9\]"):
+        rows.union(clash)
+    with rows.union(apart).applied(model), torch.no_grad():
+        assert torch.equal(model(X + 4).logits, both)
+
+
+def test_arithmetic_is_that_of_the_merged_models():
+    model, a, b = tiny_model("llama"), random_rows(), random_rows([9, 11], seed=1)
+    base, first, second = (m.get_input_embeddings().weight for m in (model, a.merged(model), b.merged(model)))
+    for w in (0.0, 0.3, 1.0, 1.5):
+        torch.testing.assert_close(a.interpolate(b, model, w).merged(model).get_input_embeddings().weight, (1 - w) * first + w * second)
+        torch.testing.assert_close(a.scale(model, w).merged(model).get_input_embeddings().weight, base + w * (first - base))
+    assert torch.equal(a.scale(model, 1).rows, a.rows) and torch.equal(a.scale(model, 0).rows, TunedRows.of(model, a.ids).rows)
+    same = TunedRows([9, 11], torch.stack([a.rows[2].detach(), b.rows[1].detach()]))
+    assert not len(a.conflicts(same)) and a.union(same).ids.tolist() == [3, 7, 9, 11] and torch.equal(a.union(same).rows[:3], a.rows)
+    assert random_rows(mode="shared").restrict([3]).mode == "shared"
+    for combine in (lambda x: x.union(a), lambda x: x.interpolate(a, model)):
+        with pytest.raises(ValueError, match="shared.*input_only"):
+            combine(random_rows([1], mode="shared"))
+
+
+def test_int32_ids_are_read():
+    model, rows = tiny_model("llama"), random_rows()
+    with rows.applied(model), torch.no_grad():
+        assert torch.equal(model(X.int()).logits, model(X).logits)
+
+
 def test_what_is_refused():
     model = tiny_model("llama")
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    m2m = M2M100ForConditionalGeneration(
+        M2M100Config(
+            vocab_size=32,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+        )
+    )
     odd = copy.deepcopy(model)
     odd.get_input_embeddings().forward = lambda ids: torch.nn.functional.embedding(ids, odd.get_input_embeddings().weight) + 1
     for call, words in (
-        (lambda: input_embedding(t5), "encoder-decoder"),
+        (lambda: input_embedding(t5), "T5.*encoder-decoder.*causal LM"),
+        (lambda: TunedRows.of(m2m, [3]), "M2M100.*encoder-decoder.*causal LM"),
+        (lambda: TunedRows([1], torch.zeros(1, 16), "output"), "'output'.*input_only or shared"),
+        (lambda: random_rows(mode="shared").applied(tiny_model("gpt2"), roles=torch.ones_like(X), read_by=[Role.SOURCE]).__enter__(), "gate input_only"),
         (lambda: input_embedding(odd), "more than look up"),
         (lambda: TunedRows([1, 1], torch.zeros(2, 16)), "1 distinct"),
         (lambda: TunedRows([1], torch.full((1, 16), torch.inf)), "infinity"),

@@ -5,53 +5,52 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import TrainableTokensConfig
 from transformers import Trainer, TrainingArguments
 
-from conftest import tiny_model
-from kslottery.data import Example, collate
-from kslottery.tuning import active_ids, embed_tune, full_fine_tune, partial_transfer, partial_tune, tune_rows
+from conftest import TIED, examples, tiny_model
+from kslottery import tuning
+from kslottery.data import collate
+from kslottery.tuning import active_ids, embed_tune, full_fine_tune, partial_transfer, partial_tune, peft_tune, tune_rows
 
 
-def examples(n=24, low=5, high=40, seed=0):
-    rng = np.random.default_rng(seed)
-    made = []
-    for i in range(n):
-        ids = [1, *rng.integers(low, high, rng.integers(3, 9)).tolist(), 2]
-        made.append(Example(str(i), ids, [-100, -100, *ids[2:]], [1] * len(ids), 2))
-    return made
+class Plain(torch.nn.Module):
+    "A model with its own loss, as anyone would train it."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, labels, roles=None, **kwargs):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
 
-def dense(model, data, lr, epochs, batch_size, folder):
+def dense(model, data, lr, epochs, batch_size, folder, wrap):
     "The reference: the whole embedding matrix in a plain Trainer. Returns the weight and the gradient norms."
     model = copy.deepcopy(model).requires_grad_(False)
     model.get_input_embeddings().weight.requires_grad_(True)
-
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, attention_mask, labels, **kwargs):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=batch_size, num_train_epochs=epochs, learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.0,
         max_grad_norm=1.0, optim="adamw_torch", seed=0, data_seed=0, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
     )  # fmt: skip
-    trainer = Trainer(Plain(), arguments, train_dataset=data, data_collator=lambda b: {k: v for k, v in collate(b, 0).items() if k != "roles"})
+    trainer = Trainer(wrap(model), arguments, train_dataset=data, data_collator=lambda b: collate(b, 0))
     trainer.train()
     norms = [float(e["grad_norm"]) for e in trainer.state.log_history if "grad_norm" in e]
     return model.get_input_embeddings().weight.detach(), norms
 
 
+@pytest.mark.parametrize("loss", ["at targets", "plain"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
-def test_embed_tuning_is_dense_adamw_bit_for_bit(kind, tmp_path):
+def test_embed_tuning_is_dense_adamw_bit_for_bit(kind, loss, tmp_path, monkeypatch):
+    "Both sides take the loss at targets only, or both the model's own: the same sum in another order has other last bits."
+    if loss == "plain":
+        monkeypatch.setattr(tuning, "_frozen_head", lambda model: None)
     model, data = tiny_model(kind, hidden=32), examples()
     for p in model.parameters():
         p.data.mul_(8)  # large gradients: clipping is at work
     before = {k: v.clone() for k, v in model.state_dict().items()}
     rows = embed_tune(model, data, lr=1e-2, epochs=3, batch_size=8, progress=False)
-    weight, norms = dense(model, data, 1e-2, 3, 8, tmp_path)
+    weight, norms = dense(model, data, 1e-2, 3, 8, tmp_path, Plain if loss == "plain" else tuning._Wrapped)
     assert max(norms) > 1, norms  # clipping was active
     assert rows.ids.tolist() == active_ids(data).tolist()
     assert torch.equal(weight[rows.ids], rows.rows)
@@ -108,3 +107,13 @@ def test_what_is_refused():
         tune_rows(model, [7], [], lr=1e-2, epochs=1)
     with pytest.raises(ValueError, match="diverged|NaN"):
         partial_tune(model, [7, 12], examples(), lr=float("inf"), epochs=1, batch_size=8, progress=False)
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_shared_rows_are_what_peft_trains(kind):
+    "On a tied model, PEFT's trainable tokens learn from input and output. So do shared rows; input_only rows go elsewhere."
+    model, settings = tiny_model(kind), dict(lr=1e-2, epochs=2, batch_size=8, progress=False)
+    adapted = peft_tune(model, TrainableTokensConfig(token_indices=[7, 12]), examples(), **settings)
+    theirs = adapted.get_input_embeddings().trainable_tokens_delta["default"].detach()
+    torch.testing.assert_close(tune_rows(model, [7, 12], examples(), mode="shared", **settings).rows.detach(), theirs, rtol=0, atol=1e-4)
+    assert (tune_rows(model, [7, 12], examples(), **settings).rows - theirs).abs().max() > 1e-2

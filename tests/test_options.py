@@ -1,0 +1,76 @@
+"""The Trainer's options pass through row tuning, and those that only trade time for memory leave the rows as they were."""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import examples, tiny_model
+from kslottery.rows import TunedRows
+from kslottery.tuning import embed_tune, full_fine_tune, partial_tune
+
+
+def tune(model, **more):
+    return embed_tune(model, examples(50), **dict(lr=1e-2, epochs=2, batch_size=8, progress=False) | more)  # 50: the last batch holds 2
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_accumulated_parts_make_the_same_batch(parts):
+    "The loss is the mean over the batch's targets, not the mean of the parts' means; a batch smaller than its parts is still one step."
+    model = tiny_model("llama", hidden=32)
+    assert (tune(model).rows - tune(model, gradient_accumulation_steps=parts).rows).abs().max() < 1e-6
+    seen = []
+    for more in ({}, dict(gradient_accumulation_steps=parts)):
+        tuned = full_fine_tune(model, examples(50), lr=1e-2, epochs=2, batch_size=8, progress=False, **more)  # the plain loss
+        seen.append(tuned.lm_head.weight)
+    assert (seen[0] - seen[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_activation_checkpointing_changes_nothing(kind):
+    model = tiny_model(kind, hidden=32)
+    assert torch.equal(tune(model).rows, tune(model, activation_checkpointing=True).rows)
+    assert not model.is_activation_checkpointing  # off again
+
+
+def test_mixed_precision_keeps_fp32_rows():
+    model = tiny_model("llama", hidden=32)
+    exact, mixed = tune(model).delta(model), tune(model, bf16=True).delta(model)
+    assert mixed.dtype == torch.float32 and not torch.equal(exact, mixed)
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), mixed.flatten(), 0) > 0.9
+
+
+def test_a_frozen_bf16_base_and_rows_that_all_move():
+    "In bf16 a step of 2e-5 would leave most numbers where they are; the rows are fp32, so every number that has a gradient moves."
+    model = tiny_model("llama", hidden=32).bfloat16()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ids = np.arange(5, 40)
+    rows = partial_tune(model, ids, examples(50), lr=2e-5, epochs=1, batch_size=8, progress=False)
+    assert rows.rows.dtype == torch.float32 and (rows.rows != TunedRows.of(model, ids).rows).all()
+    assert all(torch.equal(v, before[k]) and v.dtype == torch.bfloat16 for k, v in model.state_dict().items())
+
+
+def test_grouped_batches_train_all_the_same():
+    model = tiny_model("llama", hidden=32)
+    plain, grouped = tune(model), tune(model, train_sampling_strategy="group_by_length")
+    moved = (grouped.delta(model).abs().sum(1) > 0).tolist()
+    assert moved == [i != 2 for i in grouped.ids.tolist()]  # 2 closes every example: nothing follows it, so it has no gradient
+    assert not torch.equal(grouped.rows, plain.rows)  # other batches, other rows: that is why it is not the default
+
+
+@pytest.mark.slow
+def test_torch_compile():
+    model = tiny_model("llama", hidden=32)
+    settings = dict(lr=1e-2, epochs=2, batch_size=8, progress=False)  # one batch: one shape to compile
+    plain, compiled = (embed_tune(model, examples(8), torch_compile=flag, **settings).rows for flag in (False, True))
+    assert (plain - compiled).abs().max() < 1e-5
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    tune(tiny_model("llama"), report_to="tensorboard", output_dir=str(tmp_path), logging_strategy="steps", logging_steps=1)
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(TypeError, match="no_such_option"):
+        tune(tiny_model("llama"), no_such_option=1)
