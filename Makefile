@@ -51,4 +51,4 @@ bench-bank: .venv/ready ## many tickets in one batch against merged models and s
 	@$(BIN)/python benchmarks/bench_bank.py --out benchmarks/results/bank.json
 
 bench-step: .venv/ready ## one step of row tuning against PEFT, LoRA, dense and full tuning: ratios of time and memory
-	@$(BIN)/python benchmarks/bench_step.py --out benchmarks/results/step.json
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_step.py --out benchmarks/results/step.json

@@ -3,9 +3,10 @@
 python benchmarks/bench_step.py [--vocabularies 32000,128256] [--repeats 5] [--out benchmarks/results/step.json]
 
 A random Llama of hidden size 512 and 8 layers, untied, fp32; batches of 8 sentences, 60-70 tokens of prompt and 20-30 of target, right-padded.
-All variants live in one process and take turns, so that a busy machine hits all alike; a ratio is the median over the rounds. Peak memory is that of a
-process of its own, which builds one model and takes two steps: all of it, libraries included, and what is above the libraries.
-On a machine with CUDA a random Llama of the 7B shape in bf16 follows.
+All variants live in one process and take turns, so that a busy machine hits all alike; a ratio is the median over the rounds. Time is processor time,
+which waiting for other processes does not inflate; with one thread (OMP_NUM_THREADS=1) it is what a step takes on a quiet machine. The wall clock is
+stored too. Peak memory is that of a process of its own, which builds one model and takes two steps: all of it, libraries included, and what is above
+the libraries. On a machine with CUDA a random Llama of the 7B shape in bf16 follows.
 """
 
 import argparse
@@ -130,12 +131,13 @@ def compare(V, repeats):
     data = examples(V, 8 * (repeats + 1))
     timed = [name for name in VARIANTS if BF16 or "bf16" not in name]
     steps = {name: stepper(name, V, SMALL, data) for name in timed}
-    seconds, losses = ({name: [] for name in timed} for _ in range(2))
+    seconds, wall, losses = ({name: [] for name in timed} for _ in range(3))
     for batch in batches(data):
         for name in timed:
-            start = time.perf_counter()
+            start, clock = time.process_time(), time.perf_counter()
             losses[name].append(steps[name](batch))
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
+            wall[name].append(time.perf_counter() - clock)
     del steps
     gc.collect()
     seconds = {name: np.array(s[1:]) for name, s in seconds.items()}  # the first is a warm-up
@@ -152,6 +154,7 @@ def compare(V, repeats):
             result["variants"][name] |= {
                 "time_ratio_to_peft": float(np.median(seconds[name] / seconds[PEER])),
                 "seconds": float(np.median(seconds[name])),
+                "wall_ratio_to_peft": float(np.median(np.array(wall[name][1:]) / wall[PEER][1:])),
                 "loss_difference_to_peft": float(np.max(np.abs(np.array(losses[name]) / losses[PEER] - 1))),
             }
     result["embed_tuning_time_to_dense"] = float(np.median(seconds["embed tuning"] / seconds["dense embedding"]))
@@ -197,6 +200,7 @@ def figure(result, path):
             values = [c["variants"][name].get(key, np.nan) for name in VARIANTS]
             bars = axis.barh(np.arange(len(VARIANTS)) + 0.4 * j, values, 0.38, label=f"V = {c['V']:,}")
             axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        axis.margins(x=0.1)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{title}, {PEER} = 1", fontsize=10)
         axis.set_yticks(np.arange(len(VARIANTS)) + 0.2, VARIANTS)
