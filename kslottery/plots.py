@@ -98,7 +98,7 @@ def plot_systems(systems: dict[str, dict], metric: str = "bleu", ax=None):
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14 - 0.02 * (12 - len(systems))), ncols=2, frameon=False)
     return ax
 
-# %% ../nbs/09_plots.ipynb #0bc5b396
+# %% ../nbs/09_plots.ipynb #a7e6803f
 def plot_path(certificate, ax=None):
     "Observed risk and its upper bound against ticket size, the tolerance drawn, the certified size ringed. certificate: from `kslottery.certificate.certify_tickets`. Returns the axes."
     import matplotlib.pyplot as plt
@@ -111,7 +111,7 @@ def plot_path(certificate, ax=None):
     epsilon = certificate.facts["epsilon"]
     ax.axhline(epsilon, color="C3", lw=1, ls="--", label=f"tolerance {epsilon:g}")
     if certificate.size is not None:
-        ax.plot(certificate.size, certificate.bound, "o", ms=12, mfc="none", mec="C2", mew=2, label=f"certified: {certificate.size} rows")
+        ax.plot(certificate.size, certificate.bound, "o", ms=12, mfc="none", mec="C2", mew=2, label=f"certified: {certificate.size} row{'s' * (certificate.size != 1)}")
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks(sizes, [str(k) for k in sizes], rotation=60, fontsize=7)
     ax.minorticks_off()
