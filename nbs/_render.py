@@ -1,0 +1,421 @@
+"""The site: `python nbs/_render.py` turns the notebooks into `_docs/` (make docs).
+
+Two steps. nbdev processes the notebooks into `_proc/`, as `nbdev_docs` does. Then Quarto renders them where it is installed; elsewhere mkdocs-material does,
+from the same `_quarto.yml`, to the same addresses. nbdev and Quarto ignore this file: its name starts with an underscore.
+Keep the notebooks to what both can show: directives (echo, include, code-fold, fig-alt, fig-cap), call-outs, tables, math, links to other notebooks.
+"""
+
+import base64
+import html
+import importlib
+import inspect
+import json
+import logging
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import yaml
+
+NBS = Path(__file__).resolve().parent
+ROOT = NBS.parent
+PROCESSED, SOURCE = ROOT / "_proc", ROOT / "_build" / "docs"
+QUARTO = yaml.safe_load((NBS / "_quarto.yml").read_text(encoding="utf-8"))
+PAGE = (".ipynb", ".md", ".qmd")
+
+# Step 1: nbdev's processing, with reference entries read from the library
+
+
+def plain(text):
+    "Text of a docstring as Markdown that shows it as it is, `code` aside."
+    parts = text.split("`")
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"[\\*_\[\]]", r"\\\g<0>", parts[i]).replace("<", "&lt;").replace("$", "&#36;").replace("{", "&#123;")
+    return "`".join(parts)
+
+
+def docstring(thing, names):
+    "A docstring as Markdown: a list entry for each parameter that it explains, and for what it returns, raises and cites."
+    entry = re.compile(r"(?:(?<=[.;)] )|^)(?=(?:Returns|Raises|Sources?:|Example:) ?|(?:[a-z_]\w*, )*[a-z_]\w*: )", re.MULTILINE)
+    lines = []
+    for paragraph in re.split(r"\n\s*\n", inspect.getdoc(thing) or ""):
+        lines.append("")
+        for part in entry.split(paragraph):
+            text = plain(" ".join(part.split()))
+            lead, _, rest = part.partition(":")
+            word = re.match(r"(Returns|Raises|Sources?|Example)\b", part)
+            if rest and all(n in names for n in re.split(r",\s*", lead)):
+                lines.append("- " + ", ".join(f"`{n}`" for n in re.split(r",\s*", lead)) + ": " + plain(" ".join(rest.split())))
+            elif word and word[0] == "Example":
+                lines.append(f"- **Example**: `{' '.join(rest.split())}`")
+            elif word:
+                lines.append(f"- **{word[0]}**{text[len(word[0]) :]}")
+            elif text:
+                lines.append(text)
+    out = []
+    for line in lines:  # a list stands between blank lines
+        if out and line and out[-1] and line.startswith("- ") != out[-1].startswith("- "):
+            out.append("")
+        out.append(line)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
+
+
+def signature(thing, name):
+    "The call as Python, one parameter a line where it is long. What an annotation says only to a command line is left out."
+    try:
+        given = inspect.signature(thing)
+    except (TypeError, ValueError):
+        return name, []
+    hints = typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
+    show = {n: p.replace(annotation=hints.get(n, p.annotation)) for n, p in given.parameters.items() if n not in ("self", "cls")}
+    back = hints.get("return", given.return_annotation)
+    text = str(given.replace(parameters=list(show.values()), return_annotation=inspect.Signature.empty if inspect.isclass(thing) else back))
+    text = re.sub(r"PosixPath\(('[^']*')\)", r"\1", re.sub(r"\b(kslottery\.\w+|typing|collections\.abc|pathlib|numpy)\.(?=[A-Za-z])", "", text))
+    if len(name + text) > 88 and show:
+        body = ",\n".join(
+            "    " + re.sub(r"PosixPath\(('[^']*')\)", r"\1", re.sub(r"\b(kslottery\.\w+|typing|collections\.abc|pathlib|numpy)\.(?=[A-Za-z])", "", part))
+            for part in parameters(show.values())
+        )
+        text = f"(\n{body},\n)" + (text[text.rindex(")") + 1 :])
+    return name + text, list(show)
+
+
+def parameters(given):
+    "The text of each parameter, with the lone star before those that go by name."
+    starred = False
+    for p in given:
+        starred |= p.kind is p.VAR_POSITIONAL
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            starred = True
+            yield "*"
+        yield str(p)
+
+
+def entry(thing, name, level=3, source=True):
+    "The reference entry of one function or class: heading, signature, docstring, the code to unfold, and a class's public methods."
+    call, names = signature(thing, name)
+    parts = [f"{'#' * level} {name} {{#{name.lower()} .reference}}", f"```python\n{call}\n```", docstring(thing, names)]
+    if inspect.isclass(thing):
+        for method, raw in vars(thing).items():
+            of = getattr(raw, "fget", None) or getattr(raw, "func", None) or getattr(raw, "__func__", raw)
+            if not method.startswith("_") and inspect.isfunction(of) and of.__doc__ and of.__qualname__ == f"{name}.{method}":
+                if isinstance(raw, (staticmethod, classmethod)) or inspect.isfunction(raw):
+                    parts.append(entry(getattr(thing, method), f"{name}.{method}", level + 1, source=False))
+                else:  # a property is read, not called
+                    parts += [f"{'#' * (level + 1)} {name}.{method} {{#{name.lower()}.{method.lower()} .reference}}", docstring(of, [])]
+    if source:
+        parts.append(f'<details markdown="1">\n<summary>Source</summary>\n\n```python\n{inspect.getsource(thing).rstrip()}\n```\n\n</details>')
+    return "\n\n".join(p for p in parts if p)
+
+
+def process():
+    "nbs/ -> _proc/, as nbdev's proc_nbs does; but reference entries come from the library as it is imported, so that no cell of a notebook is executed."
+    from execnb.nbio import mk_cell, read_nb, write_nb
+    from nbdev.process import Processor
+    from nbdev.processors import FilterDefaults, exec_show_docs
+
+    class FromLibrary(Processor):
+        def begin(self):
+            for i, cell in enumerate(self.nb.cells):
+                if shown := re.search(r"^show_doc\(([\w.]+)", cell.source or "", re.MULTILINE):
+                    module = importlib.import_module(f"kslottery.{self.module}")
+                    self.nb.cells[i] = mk_cell(entry(getattr(module, shown[1]), shown[1]), "markdown")
+
+        def __init__(self, nb):
+            super().__init__(nb)
+            self.module = next((c.directives_["default_exp"][0] for c in nb.cells if "default_exp" in c.directives_), None)
+
+    class Filter(FilterDefaults):
+        def base_procs(self):
+            return [FromLibrary if p is exec_show_docs else p for p in super().base_procs()]
+
+    shutil.rmtree(PROCESSED, ignore_errors=True)
+    for path in sorted(NBS.rglob("*")):
+        place = path.relative_to(NBS)
+        if path.is_dir() or any(p.startswith(".") or p in ("runs", "__pycache__") for p in place.parts) or (path.name.startswith("_") and path.suffix == ".py"):
+            continue
+        (PROCESSED / place).parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".ipynb":
+            notebook = read_nb(path)
+            Filter()(notebook)
+            write_nb(notebook, PROCESSED / place)
+        else:
+            shutil.copyfile(path, PROCESSED / place)
+
+
+# Step 2: one processed notebook -> Markdown
+
+
+class Page:
+    "One page: where it comes from, its address, and its text as Markdown for mkdocs."
+
+    def __init__(self, path):
+        self.path = path.relative_to(PROCESSED).as_posix()
+        if path.suffix == ".ipynb":
+            self.cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        else:
+            self.cells = [{"cell_type": "markdown", "source": path.read_text(encoding="utf-8")}]
+        front = re.match(r"\s*---\n(.*?)\n---\s*", "".join(self.cells[0]["source"]), re.DOTALL) if self.cells else None
+        self.front = yaml.safe_load(front[1]) if front else {}
+        if front:
+            rest = "".join(self.cells[0]["source"])[front.end() :]
+            self.cells[0] = {"cell_type": "markdown", "source": rest}
+        self.target = posixpath.join(posixpath.dirname(self.path), Path(self.front.get("output-file", path.stem)).stem + ".md")
+        self.figures = {}  # file name beside the page -> bytes
+        self.without_alt = []  # (cell number, nearest heading) of figures that have no text of their own
+
+    @property
+    def title(self):
+        heading = re.search(r"^# (.+)$", "".join(self.cells[0]["source"]), re.MULTILINE)
+        return self.front.get("title") or (heading[1] if heading else self.path)
+
+    def markdown(self, links):
+        "The page as Markdown. links: a function of (page, target of a link) that gives the target in mkdocs' terms, or None for no link."
+        parts = [f"# {self.front['title']}"] if "title" in self.front else []
+        if "description" in self.front:
+            parts.append(f"{self.front['description']}\n{{ .lead }}")
+        heading = self.title
+        for number, cell in enumerate(self.cells):
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                heading = (re.findall(r"^#+ (.+?)(?: \{.*)?$", source, re.MULTILINE) or [heading])[-1]
+                parts.append(self._linked(callouts(source), links))
+            elif cell["cell_type"] == "code":
+                parts += self._code(cell, source, heading, number, links)
+        return "\n\n".join(p for p in parts if p.strip()) + "\n"
+
+    def _code(self, cell, source, heading, number, links):
+        "A code cell: what was written, folded if asked for, and what it gave."
+        lines = source.split("\n")
+        options = yaml.safe_load("\n".join(line[2:].strip() for line in lines if line.startswith("#|") and ":" in line)) or {}
+        source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
+        if options.get("include") is False:
+            return
+        if source and options.get("echo") is not False:
+            block = fenced(source, "python")
+            if options.get("code-fold") in (True, "true", "show"):
+                summary = html.escape(str(options.get("code-summary", "Code")))
+                block = f'<details markdown="1"{" open" * (options["code-fold"] == "show")}>\n<summary>{summary}</summary>\n\n{block}\n\n</details>'
+            yield block
+        if options.get("output") is False:
+            return
+        for output in merged(cell["outputs"]):
+            data = output.get("data", {})
+            if "application/vnd.jupyter.widget-view+json" in data:  # a progress bar
+                continue
+            if output["output_type"] == "stream":
+                yield fenced("".join(output["text"]), "{ .text .output .no-copy }")
+            elif "image/png" in data:
+                name = f"{Path(self.target).stem}_files/figure-{len(self.figures) + 1}.png"
+                self.figures[posixpath.join(posixpath.dirname(self.path), name)] = base64.b64decode("".join(data["image/png"]))
+                caption = options.get("fig-cap")
+                alt = options.get("fig-alt") or caption
+                if not alt:
+                    self.without_alt.append((number, heading))
+                    alt = f"{re.sub(r'[`*$]', '', heading)}: figure"
+                figure = f"![{alt}]({name})"
+                yield f'<figure markdown="1">\n\n{figure}\n\n<figcaption>{html.escape(caption)}</figcaption>\n\n</figure>' if caption else figure
+            elif "text/markdown" in data:
+                yield self._linked("".join(data["text/markdown"]), links)
+            elif "text/html" in data:
+                yield f'<div class="output">\n{table("".join(data["text/html"]))}\n</div>'
+            elif "text/plain" in data:
+                yield fenced("".join(data["text/plain"]), "{ .text .output .no-copy }")
+
+    def _linked(self, text, links):
+        def link(match):
+            target = links(self, match[2])
+            return match[1] if target is None else f"[{match[1]}]({target})"
+
+        return outside_code(text, lambda prose: re.sub(r"(?<!!)\[([^\[\]]+)\]\(([^)\s]+)\)", link, prose))
+
+
+def fenced(text, kind):
+    ticks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{ticks} {kind}\n{text.rstrip()}\n{ticks}" if kind.startswith("{") else f"{ticks}{kind}\n{text.rstrip()}\n{ticks}"
+
+
+def merged(outputs):
+    "Outputs with neighbouring pieces of one stream put together; blank ones left out."
+    kept = []
+    for output in outputs:
+        text = "".join(output.get("text", ""))
+        if kept and output["output_type"] == "stream" and kept[-1].get("name") == output["name"]:
+            kept[-1]["text"] += text
+        elif output["output_type"] == "stream":
+            kept.append({**output, "text": text})
+        elif output["output_type"] in ("display_data", "execute_result"):
+            kept.append(output)
+    return [o for o in kept if o["output_type"] != "stream" or o["text"].strip()]
+
+
+def table(text):
+    "A table as pandas writes it, without its own looks."
+    text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.DOTALL)
+    return re.sub(r' (?:id|class|border|style)="[^"]*"', "", re.sub(r"\n\s*\n", "\n", text)).strip()
+
+
+def callouts(text):
+    "Quarto's call-outs as admonitions."
+
+    def admonition(match):
+        title, body = re.search(r'title="([^"]*)"', match[2]), match[3].strip()
+        heading = re.match(r"#+ (.+)\n", body)  # Quarto's other way to give a title
+        if heading and not title:
+            body = body[heading.end() :].strip()
+        kind = {"caution": "warning", "important": "danger"}.get(match[1], match[1])
+        words = (title or heading or ["", match[1].capitalize()])[1]
+        return f'!!! {kind} "{words}"\n\n' + "\n".join(f"    {line}".rstrip() for line in body.split("\n"))
+
+    return re.sub(r"^:::+ ?\{\.callout-(\w+)([^}]*)\}\n(.*?)\n:::+$", admonition, text, flags=re.DOTALL | re.MULTILINE)
+
+
+def outside_code(text, change):
+    "Apply `change` to the text outside fenced code."
+    parts = re.split(r"(^(`{3,})[^\n]*\n.*?^\2$)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(change(p) if i % 3 == 0 else p if i % 3 == 1 else "" for i, p in enumerate(parts))
+
+
+# Step 3: Markdown -> the site
+
+
+def anchor(text, separator="-"):
+    "The id of a heading as Pandoc makes it, so that links hold in both renderers."
+    return re.sub(r"\s+", separator, re.sub(r"^[^a-z]+", "", re.sub(r"[^\w\s.-]", "", text.lower())).strip()) or "section"
+
+
+def links_between(pages, site):
+    "The function that rewrites links: notebooks to their pages, addresses on the site to the pages they mean, names without an entry to no link."
+    by_path = {p.path: p for p in pages} | {p.target: p for p in pages} | {posixpath.splitext(p.target)[0] + ".html": p for p in pages}
+
+    def rewrite(page, target):
+        path, hash_, place = target.partition("#")
+        if path.startswith(site):
+            path = path[len(site) :].lstrip("/")
+            if place.split(".")[-1].startswith("_"):  # private names have no entry
+                return None
+        elif not path or ":" in path or not path.endswith(PAGE):
+            return target
+        else:
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(page.path), path))
+        if path not in by_path:
+            return target  # mkdocs says that this is a dead link
+        return posixpath.relpath(by_path[path].target, posixpath.dirname(page.target) or ".") + hash_ + place
+
+    return rewrite
+
+
+def navigation(contents, pages):
+    "The sidebar of _quarto.yml in mkdocs' terms."
+    for item in contents:
+        if isinstance(item, dict) and "contents" in item:
+            yield {item["section"]: list(navigation(item["contents"], pages))}
+            continue
+        path, text = (item, None) if isinstance(item, str) else (item.get("href") or item["file"], item.get("text"))
+        if path not in pages:
+            raise ValueError(f"the sidebar of _quarto.yml names {path}, which is not in nbs/: mend its contents")
+        yield {text or pages[path].title: pages[path].target}
+
+
+def write_pages():
+    "_proc/ -> Markdown and figures in _build/docs; returns the pages by their path in nbs/."
+    from configparser import ConfigParser
+
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    site = config["DEFAULT"]["doc_host"] + config["DEFAULT"]["doc_baseurl"]
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    pages = []
+    for path in sorted(PROCESSED.rglob("*")):
+        place = SOURCE / path.relative_to(PROCESSED)
+        if path.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+        elif path.suffix in PAGE:
+            pages.append(Page(path))
+        elif not path.suffix == ".yml":
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+    links = links_between(pages, site)
+    for page in pages:
+        (SOURCE / page.target).parent.mkdir(parents=True, exist_ok=True)
+        (SOURCE / page.target).write_text(page.markdown(links), encoding="utf-8")
+        for name, image in page.figures.items():
+            (SOURCE / name).parent.mkdir(exist_ok=True)
+            (SOURCE / name).write_bytes(image)
+    math = QUARTO["format"]["html"]["html-math-method"]["url"].strip("/")
+    (SOURCE / "math.js").write_text(
+        'for (const e of document.querySelectorAll(".arithmatex")) {\n'
+        "  const text = e.textContent, display = text.startsWith('\\\\[');\n"
+        "  katex.render(text.slice(2, -2), e, {displayMode: display, throwOnError: true});\n}\n",
+        encoding="utf-8",
+    )
+    return {p.path: p for p in pages}, site, math
+
+
+def mkdocs():
+    "_build/docs -> _docs. Any warning of mkdocs ends the build."
+    os.environ["NO_MKDOCS_2_WARNING"] = "1"
+    from mkdocs.commands.build import build
+    from mkdocs.config.base import load_config
+
+    pages, site, math = write_pages()
+    shutil.copyfile(NBS / "styles.css", SOURCE / "styles.css")
+    website = QUARTO["website"]
+    settings = {
+        "site_name": website["title"],
+        "site_description": website["description"],
+        "site_url": site + "/",
+        "docs_dir": str(SOURCE),
+        "site_dir": str(ROOT / "_docs"),
+        "use_directory_urls": False,
+        "strict": True,
+        "copyright": f'<a href="{website["repo-url"]}">Source</a> · <a href="{website["repo-url"]}/issues/new">Report an issue</a>',
+        "nav": list(navigation(website["sidebar"]["contents"], pages)),
+        "validation": {"nav": {"omitted_files": "warn"}, "links": {"anchors": "warn", "not_found": "warn", "unrecognized_links": "warn"}},
+        "theme": {
+            "name": "material",
+            "font": False,
+            "features": ["navigation.sections", "navigation.footer", "navigation.top", "toc.follow", "content.code.copy", "search.highlight", "search.share"][:-1],
+            "palette": [
+                {"media": "(prefers-color-scheme: light)", "scheme": "default", "primary": "white", "accent": "blue", "toggle": {"icon": "material/weather-night", "name": "Dark"}},
+                {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "primary": "black", "accent": "light blue", "toggle": {"icon": "material/weather-sunny", "name": "Light"}},
+            ],
+        },
+        "plugins": [{"search": {"separator": r"[\s\-,:!=\[\]()\"/.]+"}}],
+        "extra": {"generator": False},
+        "extra_css": [f"{math}/katex.min.css", "styles.css"],
+        "extra_javascript": [f"{math}/katex.min.js", "math.js"],
+        "markdown_extensions": [
+            "tables", "attr_list", "md_in_html", "admonition", "footnotes", "def_list",
+            {"toc": {"permalink": True, "slugify": anchor, "toc_depth": "2-4"}},
+            "pymdownx.superfences", {"pymdownx.highlight": {"use_pygments": True}}, {"pymdownx.arithmatex": {"generic": True}},
+        ],
+    }  # fmt: skip
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    configuration = SOURCE.with_name("mkdocs.yml")
+    configuration.write_text("{}", encoding="utf-8")
+    build(load_config(str(configuration), **settings))
+    return pages
+
+
+def quarto():
+    from nbdev.quarto import refresh_quarto_yml
+
+    refresh_quarto_yml()
+    shutil.copyfile(NBS / "nbdev.yml", PROCESSED / "nbdev.yml")
+    subprocess.run(["quarto", "render", "--no-cache", "--no-execute"], cwd=PROCESSED, check=True)
+    if (PROCESSED / "_docs").is_dir():  # where nbdev.yml puts it
+        shutil.rmtree(ROOT / "_docs", ignore_errors=True)
+        shutil.move(PROCESSED / "_docs", ROOT / "_docs")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    process()
+    quarto() if shutil.which("quarto") else mkdocs()
+    print(f"{len(list((ROOT / '_docs').rglob('*.html')))} pages in _docs/: make docs-serve shows them")
