@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 SEED ?= 0
 RUN ?= runs/quickstart
+PORT ?= 8000
 
-.PHONY: help setup run run-real test test-full export notebooks clean bench-ks bench-bank bench-step
+.PHONY: help setup setup-browser run run-real test test-full docs docs-serve export notebooks clean bench-ks bench-bank bench-step
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -19,6 +20,11 @@ setup: .venv/ready ## make .venv with pinned dependencies and the library in edi
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+setup-browser: ## Debian's chromium and its driver, for the tests of the site (apt-get; asks sudo unless you are root)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  command -v apt-get >/dev/null || { echo "no apt-get here: install Chromium and its driver yourself, so that chromium and chromedriver are on the PATH"; exit 1; }; \
+	  as=$$(test $$(id -u) = 0 || echo sudo); $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
+
 run: .venv/ready ## the quickstart on the built-in model: runs/quickstart/ (SEED=7 takes another seed)
 	@$(BIN)/kslottery run quickstart -p seed=$(SEED) -p out=$(RUN)
 
@@ -30,10 +36,16 @@ run-real: .venv/ready ## the same on real text: DATA=<folder with train/en-XX.ts
 	  -p train_limit=600 -p test_limit=100 -p seed=$(SEED) -p out=runs/real $(REAL)
 
 test: .venv/ready ## notebooks clean and in sync, every notebook at its fast size, pytest, ruff
-	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check tests setup.py && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST)
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check tests nbs/_render.py setup.py && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST)
 
 test-full: .venv/ready ## make test and what is slow: full sizes, several seeds
 	@$(BIN)/python -m pytest $(PYTEST)
+
+docs: .venv/ready ## the site, into _docs/ (by Quarto where it is installed, else by mkdocs-material)
+	@$(BIN)/python nbs/_render.py
+
+docs-serve: docs ## the site at http://localhost:8000 (PORT=8001 takes another)
+	@echo "http://localhost:$(PORT)"; $(BIN)/python -m http.server --directory _docs --bind 127.0.0.1 $(PORT)
 
 export: .venv/ready ## notebooks -> kslottery/, and README.md
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tests/readme.py

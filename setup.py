@@ -7,7 +7,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-run = cfg["run_requirements"].split()
+run, docs = cfg["run_requirements"].split(), cfg["docs_requirements"].split()
 readme = here / "README.md"
 
 setup(
@@ -26,7 +26,7 @@ setup(
     package_data={"kslottery": ["*.json", "*.j2"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"run": run, "dev": run + cfg["dev_requirements"].split()},
+    extras_require={"run": run, "docs": docs, "dev": run + docs + cfg["dev_requirements"].split()},
     entry_points={"console_scripts": ["kslottery=kslottery.cli:main"], "nbdev": ["kslottery=kslottery._modidx:d"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

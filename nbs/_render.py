@@ -1,8 +1,8 @@
 """The site: `python nbs/_render.py` turns the notebooks into `_docs/` (make docs).
 
 Two steps. nbdev processes the notebooks into `_proc/`, as `nbdev_docs` does. Then Quarto renders them where it is installed; elsewhere mkdocs-material does,
-from the same `_quarto.yml`, to the same addresses. nbdev and Quarto ignore this file: its name starts with an underscore.
-Keep the notebooks to what both can show: directives (echo, include, code-fold, fig-alt, fig-cap), call-outs, tables, math, links to other notebooks.
+from the same `_quarto.yml`, to the same addresses (`python nbs/_render.py mkdocs` asks for it). nbdev and Quarto ignore this file for its underscore.
+Keep the notebooks to what both can show: directives (echo, include, output, code-fold, fig-alt, fig-cap), call-outs, tables, math, links to other notebooks.
 """
 
 import base64
@@ -32,37 +32,40 @@ PAGE = (".ipynb", ".md", ".qmd")
 
 
 def plain(text):
-    "Text of a docstring as Markdown that shows it as it is, `code` aside."
+    "Text of a docstring as Markdown that shows it as it is; `code` and *emphasis* keep their meaning."
     parts = text.split("`")
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"[\\*_\[\]]", r"\\\g<0>", parts[i]).replace("<", "&lt;").replace("$", "&#36;").replace("{", "&#123;")
+        parts[i] = re.sub(r"[\\_\[\]]|(?<!\S)\*(?=\s)", r"\\\g<0>", parts[i]).replace("<", "&lt;").replace("$", "&#36;").replace("{", "&#123;")
     return "`".join(parts)
 
 
 def docstring(thing, names):
-    "A docstring as Markdown: a list entry for each parameter that it explains, and for what it returns, raises and cites."
-    entry = re.compile(r"(?:(?<=[.;)] )|^)(?=(?:Returns|Raises|Sources?:|Example:) ?|(?:[a-z_]\w*, )*[a-z_]\w*: )", re.MULTILINE)
-    lines = []
+    "A docstring as Markdown, with an entry of its own for each parameter that it explains (`names: ...`) and for what it returns, raises and cites."
+    name = "|".join(map(re.escape, names)) or "(?!)"
+    lead = re.compile(rf"(?:^|(?<=[.;] )|(?<=\n))(?:(Returns|Raises)\b|(Source|Example):|((?:{name})(?:, (?:{name}))*):)")
+    paragraphs = []
     for paragraph in re.split(r"\n\s*\n", inspect.getdoc(thing) or ""):
-        lines.append("")
-        for part in entry.split(paragraph):
-            text = plain(" ".join(part.split()))
-            lead, _, rest = part.partition(":")
-            word = re.match(r"(Returns|Raises|Sources?|Example)\b", part)
-            if rest and all(n in names for n in re.split(r",\s*", lead)):
-                lines.append("- " + ", ".join(f"`{n}`" for n in re.split(r",\s*", lead)) + ": " + plain(" ".join(rest.split())))
-            elif word and word[0] == "Example":
-                lines.append(f"- **Example**: `{' '.join(rest.split())}`")
-            elif word:
-                lines.append(f"- **{word[0]}**{text[len(word[0]) :]}")
-            elif text:
-                lines.append(text)
-    out = []
-    for line in lines:  # a list stands between blank lines
-        if out and line and out[-1] and line.startswith("- ") != out[-1].startswith("- "):
-            out.append("")
-        out.append(line)
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
+        starts = [m for m in lead.finditer(paragraph)]
+        lines, text = [], " ".join(paragraph[: starts[0].start() if starts else None].split())
+        if text:
+            paragraphs.append(plain(text))
+        for this, after in zip(starts, [*starts[1:], None]):
+            rest = " ".join(paragraph[this.end() : after.start() if after else None].split()).removesuffix(";")
+            if this[3]:
+                lines.append("- " + ", ".join(f"`{n}`" for n in this[3].split(", ")) + f": {plain(rest)}")
+            elif this[2] == "Example":
+                lines.append(f"- **Example**: `{rest}`")
+            else:
+                lines.append(f"- **{this[1] or this[2]}**{':' if this[2] else ''} {plain(rest)}")
+        if lines:
+            paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def spelled(text):
+    "An annotation or a default without the modules that go without saying."
+    text = re.sub(r"\b(kslottery\.\w+|typing|collections\.abc|pathlib|numpy)\.(?=[A-Za-z])", "", text)
+    return re.sub(r"PosixPath\(('[^']*')\)", r"\1", text)
 
 
 def signature(thing, name):
@@ -72,17 +75,13 @@ def signature(thing, name):
     except (TypeError, ValueError):
         return name, []
     hints = typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
-    show = {n: p.replace(annotation=hints.get(n, p.annotation)) for n, p in given.parameters.items() if n not in ("self", "cls")}
-    back = hints.get("return", given.return_annotation)
-    text = str(given.replace(parameters=list(show.values()), return_annotation=inspect.Signature.empty if inspect.isclass(thing) else back))
-    text = re.sub(r"PosixPath\(('[^']*')\)", r"\1", re.sub(r"\b(kslottery\.\w+|typing|collections\.abc|pathlib|numpy)\.(?=[A-Za-z])", "", text))
+    show = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in given.parameters.items() if n not in ("self", "cls")]
+    back = inspect.Signature.empty if inspect.isclass(thing) else hints.get("return", given.return_annotation)
+    text = spelled(str(given.replace(parameters=show, return_annotation=back)))
     if len(name + text) > 88 and show:
-        body = ",\n".join(
-            "    " + re.sub(r"PosixPath\(('[^']*')\)", r"\1", re.sub(r"\b(kslottery\.\w+|typing|collections\.abc|pathlib|numpy)\.(?=[A-Za-z])", "", part))
-            for part in parameters(show.values())
-        )
-        text = f"(\n{body},\n)" + (text[text.rindex(")") + 1 :])
-    return name + text, list(show)
+        arrow = spelled(str(inspect.Signature(return_annotation=back)))[2:]
+        text = "(\n" + "".join(f"    {spelled(p)},\n" for p in parameters(show)) + f"){arrow}"
+    return name + text, [p.name for p in show]
 
 
 def parameters(given):
@@ -96,10 +95,21 @@ def parameters(given):
         yield str(p)
 
 
+def fenced(text, kind):
+    "Text as a code block of a kind: a language, or attributes."
+    ticks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{ticks}{kind}\n{text.strip(chr(10)).rstrip()}\n{ticks}"
+
+
+def folded(block, summary, shown=False):
+    "A block behind a word to click; Quarto and mkdocs read the same HTML."
+    return f'<details class="code" markdown="1"{" open" * shown}>\n<summary>{summary}</summary>\n\n{block}\n\n</details>'
+
+
 def entry(thing, name, level=3, source=True):
     "The reference entry of one function or class: heading, signature, docstring, the code to unfold, and a class's public methods."
     call, names = signature(thing, name)
-    parts = [f"{'#' * level} {name} {{#{name.lower()} .reference}}", f"```python\n{call}\n```", docstring(thing, names)]
+    parts = [f"{'#' * level} {name} {{#{name.lower()} .reference}}", fenced(call, "python"), docstring(thing, names)]
     if inspect.isclass(thing):
         for method, raw in vars(thing).items():
             of = getattr(raw, "fget", None) or getattr(raw, "func", None) or getattr(raw, "__func__", raw)
@@ -109,7 +119,7 @@ def entry(thing, name, level=3, source=True):
                 else:  # a property is read, not called
                     parts += [f"{'#' * (level + 1)} {name}.{method} {{#{name.lower()}.{method.lower()} .reference}}", docstring(of, [])]
     if source:
-        parts.append(f'<details markdown="1">\n<summary>Source</summary>\n\n```python\n{inspect.getsource(thing).rstrip()}\n```\n\n</details>')
+        parts.append(folded(fenced(inspect.getsource(thing), "python"), "Source"))
     return "\n\n".join(p for p in parts if p)
 
 
@@ -199,8 +209,7 @@ class Page:
         if source and options.get("echo") is not False:
             block = fenced(source, "python")
             if options.get("code-fold") in (True, "true", "show"):
-                summary = html.escape(str(options.get("code-summary", "Code")))
-                block = f'<details markdown="1"{" open" * (options["code-fold"] == "show")}>\n<summary>{summary}</summary>\n\n{block}\n\n</details>'
+                block = folded(block, html.escape(str(options.get("code-summary", "Code"))), options["code-fold"] == "show")
             yield block
         if options.get("output") is False:
             return
@@ -209,7 +218,7 @@ class Page:
             if "application/vnd.jupyter.widget-view+json" in data:  # a progress bar
                 continue
             if output["output_type"] == "stream":
-                yield fenced("".join(output["text"]), "{ .text .output .no-copy }")
+                yield fenced("".join(output["text"]), "{.text .output .no-copy}")
             elif "image/png" in data:
                 name = f"{Path(self.target).stem}_files/figure-{len(self.figures) + 1}.png"
                 self.figures[posixpath.join(posixpath.dirname(self.path), name)] = base64.b64decode("".join(data["image/png"]))
@@ -225,7 +234,7 @@ class Page:
             elif "text/html" in data:
                 yield f'<div class="output">\n{table("".join(data["text/html"]))}\n</div>'
             elif "text/plain" in data:
-                yield fenced("".join(data["text/plain"]), "{ .text .output .no-copy }")
+                yield fenced("".join(data["text/plain"]), "{.text .output .no-copy}")
 
     def _linked(self, text, links):
         def link(match):
@@ -233,11 +242,6 @@ class Page:
             return match[1] if target is None else f"[{match[1]}]({target})"
 
         return outside_code(text, lambda prose: re.sub(r"(?<!!)\[([^\[\]]+)\]\(([^)\s]+)\)", link, prose))
-
-
-def fenced(text, kind):
-    ticks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-    return f"{ticks} {kind}\n{text.rstrip()}\n{ticks}" if kind.startswith("{") else f"{ticks}{kind}\n{text.rstrip()}\n{ticks}"
 
 
 def merged(outputs):
@@ -357,6 +361,12 @@ def write_pages():
     return {p.path: p for p in pages}, site, math
 
 
+def scheme(preferred, name, primary, other):
+    "A colour scheme: for whom, and the button that leads to the other one."
+    toggle = {"icon": f"material/weather-{other}", "name": "Light or dark"}
+    return {"media": f"(prefers-color-scheme: {preferred})", "scheme": name, "primary": primary, "toggle": toggle}
+
+
 def mkdocs():
     "_build/docs -> _docs. Any warning of mkdocs ends the build."
     os.environ["NO_MKDOCS_2_WARNING"] = "1"
@@ -380,11 +390,8 @@ def mkdocs():
         "theme": {
             "name": "material",
             "font": False,
-            "features": ["navigation.sections", "navigation.footer", "navigation.top", "toc.follow", "content.code.copy", "search.highlight", "search.share"][:-1],
-            "palette": [
-                {"media": "(prefers-color-scheme: light)", "scheme": "default", "primary": "white", "accent": "blue", "toggle": {"icon": "material/weather-night", "name": "Dark"}},
-                {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "primary": "black", "accent": "light blue", "toggle": {"icon": "material/weather-sunny", "name": "Light"}},
-            ],
+            "features": ["navigation.sections", "navigation.footer", "navigation.top", "toc.follow", "content.code.copy", "search.highlight"],
+            "palette": [scheme("light", "default", "white", "night"), scheme("dark", "slate", "black", "sunny")],
         },
         "plugins": [{"search": {"separator": r"[\s\-,:!=\[\]()\"/.]+"}}],
         "extra": {"generator": False},
@@ -416,6 +423,7 @@ def quarto():
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    renderer = sys.argv[1] if len(sys.argv) > 1 else "quarto" if shutil.which("quarto") else "mkdocs"
     process()
-    quarto() if shutil.which("quarto") else mkdocs()
+    {"quarto": quarto, "mkdocs": mkdocs}[renderer]()
     print(f"{len(list((ROOT / '_docs').rglob('*.html')))} pages in _docs/: make docs-serve shows them")

@@ -19,7 +19,9 @@ def render(notebook: Path) -> str:
     "The notebook as Markdown: hidden cells left out, links to notebooks made relative to the repository."
     names, parts = iter(figures(notebook)), ["<!-- Generated from nbs/index.ipynb by `make export`. Do not edit. -->"]
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
+        source, alt = "".join(cell["source"]), "figure"
+        if found := re.match(r"#\| fig-alt: (.+)\n", source):
+            source, alt = source[found.end() :], found[1]
         if cell["cell_type"] == "markdown":
             parts.append(re.sub(r"\]\((?!http|#)([^)]+)\)", r"](nbs/\1)", source))
             continue
@@ -29,7 +31,7 @@ def render(notebook: Path) -> str:
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
-                parts.append(f"![Statistic of every row against its frequency; the winners stand above the critical value]({next(names)})")
+                parts.append(f"![{alt}]({next(names)})")
             else:
                 text += "".join(output.get("text") or data.get("text/plain", "")).rstrip() + "\n"
         if text.strip():
