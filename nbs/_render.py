@@ -65,6 +65,7 @@ def docstring(thing, names):
 def spelled(text):
     "An annotation or a default without the modules that go without saying."
     text = re.sub(r"\b(kslottery\.\w+|typing|collections\.abc|pathlib|numpy)\.(?=[A-Za-z])", "", text)
+    text = text.replace("<factory>", "...")
     return re.sub(r"PosixPath\(('[^']*')\)", r"\1", text)
 
 
@@ -103,7 +104,7 @@ def fenced(text, kind):
 
 def folded(block, summary, shown=False):
     "A block behind a word to click; Quarto and mkdocs read the same HTML."
-    return f'<details class="code" markdown="1"{" open" * shown}>\n<summary>{summary}</summary>\n\n{block}\n\n</details>'
+    return f'<details class="code" data-search-exclude markdown="1"{" open" * shown}>\n<summary>{summary}</summary>\n\n{block}\n\n</details>'
 
 
 def entry(thing, name, level=3, source=True):
@@ -119,7 +120,7 @@ def entry(thing, name, level=3, source=True):
                 else:  # a property is read, not called
                     parts += [f"{'#' * (level + 1)} {name}.{method} {{#{name.lower()}.{method.lower()} .reference}}", docstring(of, [])]
     if source:
-        parts.append(folded(fenced(inspect.getsource(thing), "python"), "Source"))
+        parts.append(folded(fenced(inspect.getsource(thing), "python"), "Code"))
     return "\n\n".join(p for p in parts if p)
 
 
@@ -131,10 +132,16 @@ def process():
 
     class FromLibrary(Processor):
         def begin(self):
-            for i, cell in enumerate(self.nb.cells):
-                if shown := re.search(r"^show_doc\(([\w.]+)", cell.source or "", re.MULTILINE):
+            cells, shown = self.nb.cells, []
+            for i, cell in enumerate(cells):
+                found = re.search(r"^show_doc\(([\w.]+)", cell.source or "", re.MULTILINE)
+                if found:
                     module = importlib.import_module(f"kslottery.{self.module}")
-                    self.nb.cells[i] = mk_cell(entry(getattr(module, shown[1]), shown[1]), "markdown")
+                    cells[i] = mk_cell(entry(getattr(module, found[1]), found[1]), "markdown")
+                    shown.append(i)
+                if shown and (not found or i + 1 == len(cells)):  # nbdev shows what one cell defines in the wrong order
+                    cells[shown[0] : shown[-1] + 1] = cells[shown[0] : shown[-1] + 1][::-1]
+                    shown = []
 
         def __init__(self, nb):
             super().__init__(nb)
@@ -207,7 +214,7 @@ class Page:
         if options.get("include") is False:
             return
         if source and options.get("echo") is not False:
-            block = fenced(source, "python")
+            block = fenced(source, cell.get("metadata", {}).get("language", "python"))
             if options.get("code-fold") in (True, "true", "show"):
                 block = folded(block, html.escape(str(options.get("code-summary", "Code"))), options["code-fold"] == "show")
             yield block

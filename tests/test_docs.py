@@ -263,10 +263,10 @@ class Browser:
             time.sleep(0.05)
         return found
 
-    def keep(self, name):
-        "A picture of the whole page."
+    def keep(self, name, most=12000):
+        "A picture of the page, whole unless it is very long."
         width, height = self.run("return [document.documentElement.clientWidth, document.documentElement.scrollHeight]")
-        clip = {"x": 0, "y": 0, "width": width, "height": min(height, 12000), "scale": 1}
+        clip = {"x": 0, "y": 0, "width": width, "height": min(height, most), "scale": 1}
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "jpeg", "quality": 80, "captureBeyondViewport": True, "clip": clip})
         SHOTS.mkdir(parents=True, exist_ok=True)
         (SHOTS / f"{name}.jpg").write_bytes(base64.b64decode(shot["data"]))
@@ -364,5 +364,5 @@ def test_light_and_dark(browser):
             for x in (("body", "backgroundColor"), ("article p", "color"))
         )
         lightness[scheme] = [sum(map(int, re.findall(r"\d+", c)[:3])) / 3 for c in (paper, ink)]
-        browser.keep(f"ks-{scheme}")
+        browser.keep(f"ks-{scheme}", 3000)
     assert lightness["light"][0] > 200 > 100 > lightness["light"][1] and lightness["dark"][0] < 70 < 150 < lightness["dark"][1], lightness
