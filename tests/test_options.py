@@ -66,7 +66,6 @@ def test_torch_compile():
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
     tune(tiny_model("llama"), report_to="tensorboard", output_dir=str(tmp_path), logging_strategy="steps", logging_steps=1)
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
