@@ -214,7 +214,7 @@ def get_metric(name: str, references: list[str] | None = None):
         raise ValueError(f"metric is {name!r}: choose {', '.join(METRICS)}")
     return METRICS[name]([references] if references is not None else None)
 
-# %% ../nbs/07_evaluation.ipynb #b114b065
+# %% ../nbs/07_evaluation.ipynb #8795b720
 RULES = ("whole", "first_line")
 
 
@@ -227,27 +227,26 @@ def _texts(translations, references, rule):
 def score(translations: list[Translation], references: list[str], *, rules=RULES, metrics=("bleu", "chrf")) -> dict:
     """Score translations against one reference each.
 
-    rules: names in `EXTRACTIONS`, or rules; metrics: names in `METRICS`. Returns {"whole": {"bleu", "chrf"}, "first_line": {"bleu", "chrf"}, "eos_rate", "mean_length"} (one entry
-    for each rule): corpus scores by sacrebleu, from 0 to 100 (TER from 0 up); the share of translations that ended with EOS; the mean number of characters of the whole continuation.
-    `signatures` says what to quote beside the numbers. Raises ValueError if the two lists differ in length or are empty, or for an unknown rule or metric.
+    rules: names in `EXTRACTIONS`, or rules; metrics: names in `METRICS`. Returns {"whole": {"bleu", "chrf"}, "first_line": {"bleu", "chrf"}, "eos_rate", "mean_length", "signatures"},
+    one entry for each rule: corpus scores by sacrebleu, from 0 to 100 (TER from 0 up); the share of translations that ended with EOS; the mean number of characters of the whole
+    continuation; what to quote beside each score, as rule -> metric -> signature.
+    Raises ValueError if the two lists differ in length or are empty, or for an unknown rule or metric.
     """
     made = {name: get_metric(name, references) for name in metrics}
+    rules = [get_extraction(r) for r in rules]
     result = {}
-    for rule in map(get_extraction, rules):
+    for rule in rules:
         texts = _texts(translations, references, rule)
         result[rule.name] = {name: metric.corpus_score(texts, None).score for name, metric in made.items()}
     result["eos_rate"] = float(np.mean([t.ended for t in translations]))
     result["mean_length"] = float(np.mean([len(t.text) for t in translations]))
+    result["signatures"] = {rule.name: {name: f"{m.get_signature()}|rule:{rule}" for name, m in made.items()} for rule in rules}
     return result
 
 
-def signatures(references: list[str], *, rules=(), metrics=("bleu", "chrf")) -> dict[str, str]:
-    "sacrebleu's signature of each metric, and the rules with their versions: what to quote beside a number."
-    result = {}
-    for name in metrics:
-        signature = str(get_metric(name, references).get_signature())
-        result[name] = "|".join([signature, *(["rule:" + "+".join(str(get_extraction(r)) for r in rules)] if rules else [])])
-    return result
+def signatures(references: list[str], *, metrics=("bleu", "chrf")) -> dict[str, str]:
+    "sacrebleu's signature of each metric, without a rule."
+    return {name: str(get_metric(name, references).get_signature()) for name in metrics}
 
 # %% ../nbs/07_evaluation.ipynb #4885360f
 def sentence_statistics(translations: list[Translation], references: list[str], *, rule="whole", metric: str = "bleu") -> np.ndarray:
@@ -308,7 +307,7 @@ def approximate_randomisation(
     """
     return _paired(systems, references, extraction, metrics, "ar", n_samples)
 
-# %% ../nbs/07_evaluation.ipynb #52384bf5
+# %% ../nbs/07_evaluation.ipynb #6e48e7c5
 def accuracy(correct, confidence: float = 0.95) -> dict:
     """The share of right answers with its exact (Clopper-Pearson) interval: {"accuracy", "ci" (low, high), "n"}, all from 0 to 1.
 
@@ -330,7 +329,7 @@ def exact_match(translations: list[Translation], references: list[str]) -> dict:
     """
     if len(translations) != len(references):
         raise ValueError(f"{len(translations)} continuations for {len(references)} references: each needs exactly one")
-    return {rule: accuracy([extract(t.text) == extract(r) for t, r in zip(translations, references)]) for rule, extract in ((r, EXTRACTIONS[r]) for r in RULES)}
+    return {rule: accuracy([EXTRACTIONS[rule](t.text) == EXTRACTIONS[rule](r) for t, r in zip(translations, references)]) for rule in RULES}
 
 # %% ../nbs/07_evaluation.ipynb #da2995ea
 def loglikelihood(
