@@ -210,7 +210,7 @@ def null_overlap(model, ticket: Ticket, draws: int = 5, seed: int = 0) -> Interv
     shares = [np.isin(ticket.ids, rows.ids.numpy()[equal_move_null(before, after, seed + n).top(min(len(ticket.ids), len(rows)))]).mean() for n in range(draws)]
     return Interval(float(np.mean(shares)), float(min(shares)), float(max(shares)))
 
-# %% ../nbs/08b_audit.ipynb #0985bcfe
+# %% ../nbs/08b_audit.ipynb #648056e2
 @dataclass
 class Audit:
     """What an audit found.
@@ -231,12 +231,12 @@ class Audit:
     facts: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:
-        "Everything but the texts, JSON-ready."
-        plain = lambda v: None if v is None else {"value": v.value, "low": v.low, "high": v.high}
+        "Everything but the texts, JSON-ready; an end of an interval that is infinite or not known is None."
+        plain = lambda v: None if v is None else {n: x if x is None or np.isfinite(x) else None for n, x in v._asdict().items()}
         arms = {a.name: {**a._asdict(), "against": a.against, **self.scores[a.name], "recovery": plain(self.recoveries.get(a.name)), **self.facts["arms"][a.name]} for a in self.arms}
         return {
             "verdict": self.verdict, "sentence": self.sentence, "checks": [{**c._asdict(), "value": plain(c.value)} for c in self.checks], "arms": arms,
-            "decomposition": self.decomposition.as_dict(), "opportunity": self.opportunity, **{k: v for k, v in self.facts.items() if k != "arms"},
+            "decomposition": {**self.decomposition.as_dict(), "share": plain(self.decomposition.share)}, "opportunity": self.opportunity, "report": self.table(), **{k: v for k, v in self.facts.items() if k != "arms"},
         }  # fmt: skip
 
     def table(self) -> str:
@@ -269,7 +269,7 @@ class Audit:
             names.append(a.label.replace("$", r"\$"))
             if a.name == "ticket" and share is not None:
                 ax.barh(y, 1 - np.clip(share, 0, 1), color="C0", label="content", height=0.6)
-                ax.barh(y, np.clip(share, 0, 1), left=1 - np.clip(share, 0, 1), color="#b7cfe6", label="stopping", height=0.6)
+                ax.barh(y, np.clip(share, 0, 1), left=1 - np.clip(share, 0, 1), color="C1", label="stopping", height=0.6)
             else:
                 at, low, high = np.clip([r.value, r.low, r.high], *edges)
                 ax.plot([low, high], [y, y], color="C3", lw=1.5)
@@ -333,7 +333,7 @@ def _stored(path, print_):
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-# %% ../nbs/08b_audit.ipynb #0bfa3a80
+# %% ../nbs/08b_audit.ipynb #000b3f5f
 def audit_ticket(
     model, tokenizer, ticket: Ticket, train_pairs: list[Pair], test_pairs: list[Pair], *, out, fast: bool = False, arms: list[Arm] | None = None, thresholds: dict | None = None,
     template=None, languages: str | None = None, max_new_tokens: int = 256, num_beams: int = 1, batch_size: int = 16, samples: int = 1000, seed: int = 0, progress: bool = True,
@@ -368,9 +368,9 @@ def audit_ticket(
         translations[arm.name] = _stored(path, print_)
         if translations[arm.name] is None:
             checkpoint = folder / f".{print_[:16]}.safetensors"
-            rows = _rows_of(arm, model, ticket, train_set, settings, checkpoint, label, progress)
+            rows = _rows_of(arm, model, ticket, train_set, settings, checkpoint, f"{label}: tuning", progress)
             gate = {} if arm.channel == "everywhere" else {"read_by": CHANNELS[arm.channel]}
-            translations[arm.name] = translate(model, tokenizer, split, rows=rows, batch_size=batch_size, label=label, progress=progress, **gate, **generation)
+            translations[arm.name] = translate(model, tokenizer, split, rows=rows, batch_size=batch_size, label=f"{label}: translating", progress=progress, **gate, **generation)
             write_json(path, {"arm": arm._asdict(), "fingerprint": print_, "translations": translations[arm.name]})
             checkpoint.unlink(missing_ok=True)
     counts = token_counts(train_set or test_set, input_embedding(model).weight.shape[0])
