@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAIL', 'CHANNELS', 'ROWS', 'THRESHOLDS', 'split_template', 'opportunity', 'Arm', 'count_matched', 'plan_arms',
-           'Check', 'judge', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket']
+           'Check', 'judge', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket', 'overlap']
 
 # %% ../nbs/08b_audit.ipynb #acf13ddc
 import json
@@ -141,8 +141,10 @@ def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool 
     arms += [] if fast else [Arm("frozen_ticket", "ticket frozen, all other rows tuned", rest[1], "embed_tuned", seed=seed)]
     return [a for a in arms if (a.rows != "embed" or ticket.embed_rows is not None) and (a.rows not in _RATES or train and ticket.info.get("settings")) and (a.ids or a.name == "base")]
 
-# %% ../nbs/08b_audit.ipynb #90f00c26
-THRESHOLDS = {"gain": 1.0, "stopping": 0.5, "outside": 0.5, "controls": 0.5, "noise": 0.5, "one_row": 0.8, "necessary": 0.5, "ranking": 0.5}
+# %% ../nbs/08b_audit.ipynb #4f6d7a3e
+THRESHOLDS = {
+    "gain": 1.0, "stopping": 0.5, "outside": 0.5, "controls": 0.5, "noise": 0.5, "one_row": 0.8, "selection": 0.8, "necessary": 0.5, "replaceable": 0.5, "ranking": 0.5
+}  # fmt: skip
 
 
 class Check(NamedTuple):
@@ -169,13 +171,15 @@ def _percent(value):
     "A share with its interval, in words."
     return "an unknown share" if value is None or value.value is None else f"{value.value:.0%} ({value.low:.0%} to {value.high:.0%})"
 
-# %% ../nbs/08b_audit.ipynb #627a261b
+# %% ../nbs/08b_audit.ipynb #75cf3907
 _CHECKS = (
     ("outside", "Do the rows act outside the template?", ("only_sentences",), "above", True, "read only in the sentences and never in the template, the rows recover {} of the gain"),
     ("controls", "Do other rows do the same?", ("random_rows", "count_matched_rows"), "below", True, "as many words tuned instead ({arm}) recover {}"),
     ("noise", "Does any change of these rows do the same?", ("noise", "flipped"), "below", True, "{arm} in the same rows recovers {}"),
     ("one_row", "Does one row do the same?", ("one_row_*",), "below", False, "one row alone ({arm}) recovers {}"),
-    ("necessary", "Is the ticket missed when it is left out?", ("all_but_ticket", "frozen_ticket"), "below", False, "without the ticket ({arm}) Embed Tuning keeps {} of its gain"),
+    ("selection", "Do other rows of the prompt do the same?", ("template_rows", "frequent_rows"), "below", False, "as many {arm} recover {}"),
+    ("necessary", "Is the ticket missed in the tuned model?", ("all_but_ticket",), "below", False, "with the ticket's rows put back, Embed Tuning keeps {} of its gain"),
+    ("replaceable", "Is the ticket missed in tuning?", ("frozen_ticket",), "below", False, "with the ticket frozen and all other rows tuned, Embed Tuning keeps {} of its gain"),
 )
 
 
@@ -433,3 +437,16 @@ def _write(audit, out):
     os.replace(out / ".audit.png", out / "audit.png")
     write_text(out / "audit.md", audit.table())
     write_json(out / "audit.json", audit.as_dict())
+
+# %% ../nbs/08b_audit.ipynb #8f7270cc
+def overlap(a, b, k: int) -> dict[str, float]:
+    """How much two scans of the same vocabulary agree: {"jaccard" of their best k rows, "rank_correlation" (Spearman) of the statistics over the rows that moved in either}.
+
+    Raises ValueError for scans of different vocabularies.
+    """
+    from scipy.stats import spearmanr
+
+    if len(a.statistic) != len(b.statistic):
+        raise ValueError(f"the scans have {len(a.statistic)} and {len(b.statistic)} rows: compare tickets of one model")
+    moved = (a.statistic > 0) | (b.statistic > 0)
+    return {"jaccard": jaccard(a.top(k), b.top(k)), "rank_correlation": float(spearmanr(a.statistic[moved], b.statistic[moved]).statistic)}
