@@ -141,7 +141,7 @@ def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool 
     arms += [] if fast else [Arm("frozen_ticket", "ticket frozen, all other rows tuned", rest[1], "embed_tuned", seed=seed)]
     return [a for a in arms if (a.rows != "embed" or ticket.embed_rows is not None) and (a.rows not in _RATES or train and ticket.info.get("settings")) and (a.ids or a.name == "base")]
 
-# %% ../nbs/08b_audit.ipynb #4f6d7a3e
+# %% ../nbs/08b_audit.ipynb #d581d6bd
 THRESHOLDS = {
     "gain": 1.0, "stopping": 0.5, "outside": 0.5, "controls": 0.5, "noise": 0.5, "one_row": 0.8, "selection": 0.8, "necessary": 0.5, "replaceable": 0.5, "ranking": 0.5
 }  # fmt: skip
@@ -169,7 +169,9 @@ def judge(value: Interval | None, threshold: float, want: str) -> str:
 
 def _percent(value):
     "A share with its interval, in words."
-    return "an unknown share" if value is None or value.value is None else f"{value.value:.0%} ({value.low:.0%} to {value.high:.0%})"
+    if value is None or value.value is None:
+        return "an unknown share"
+    return "{:.0%} ({:.0%} to {:.0%})".format(*(round(x, 2) + 0.0 for x in value))  # + 0.0: no minus zero
 
 # %% ../nbs/08b_audit.ipynb #75cf3907
 _CHECKS = (
@@ -214,7 +216,7 @@ def null_overlap(model, ticket: Ticket, draws: int = 5, seed: int = 0) -> Interv
     shares = [np.isin(ticket.ids, rows.ids.numpy()[equal_move_null(before, after, seed + n).top(min(len(ticket.ids), len(rows)))]).mean() for n in range(draws)]
     return Interval(float(np.mean(shares)), float(min(shares)), float(max(shares)))
 
-# %% ../nbs/08b_audit.ipynb #648056e2
+# %% ../nbs/08b_audit.ipynb #f6bbe2b4
 @dataclass
 class Audit:
     """What an audit found.
@@ -253,7 +255,7 @@ class Audit:
         for a in self.arms:
             s, occur = self.scores[a.name], self.facts["arms"][a.name]["median_count"]
             r = self.recoveries.get(a.name)
-            shown = "" if r is None else "cannot tell" if r.value is None else f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"
+            shown = "" if r is None else "cannot tell" if r.value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*(round(x, 2) + 0.0 for x in r))
             lines.append(
                 f"| {escape(a.label)} | {len(a.ids)} | {occur} | {a.channel if a.ids else ''} | {s['whole']['bleu']:.1f} | {s['first_line']['bleu']:.1f} | {s['eos_rate']:.0%} | {shown} |"
             )
@@ -270,7 +272,7 @@ class Audit:
         names, edges = [], (-0.25, 1.5)
         for y, a in enumerate(shown):
             r = self.recoveries[a.name]
-            names.append(a.label.replace("$", r"\$"))
+            names.append(a.label.replace("$", r"\$") + (" (of Embed Tuning's gain)" if a.against == "embed_tuning" else ""))
             if a.name == "ticket" and share is not None:
                 ax.barh(y, 1 - np.clip(share, 0, 1), color="C0", label="content", height=0.6)
                 ax.barh(y, np.clip(share, 0, 1), left=1 - np.clip(share, 0, 1), color="C1", label="stopping", height=0.6)
