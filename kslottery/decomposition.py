@@ -165,7 +165,7 @@ def forced_stop(base: list[Translation], tuned: list[Translation], tokenizer) ->
         result.append(b)
     return result
 
-# %% ../nbs/08_decomposition.ipynb #8873d90f
+# %% ../nbs/08_decomposition.ipynb #2ada529f
 def plot_decomposition(parts: dict[str, Decomposition], ax=None):
     "One bar a system: its gain, split into stopping and content, with the interval of each part as a whisker. Returns the axes."
     import matplotlib.pyplot as plt
@@ -177,15 +177,16 @@ def plot_decomposition(parts: dict[str, Decomposition], ax=None):
             side = 1 if part.value >= 0 else -1
             start = ends[side]
             ax.barh(y, part.value, left=start, height=0.6, color=color, label=None if y else label)
-            ax.plot([start + part.low, start + part.high], [y + shift] * 2, color="0.15", lw=1.2, marker="|", ms=5)
+            if part.low < part.high:
+                ax.plot([start + part.low, start + part.high], [y + shift] * 2, color="0.15", lw=1.2, marker="|", ms=5)
             ends[side] += part.value
         text = d.verdict if d.share.value is None else f"{d.share.value:.0%} stopping"
-        ax.annotate(text, (max(ends[1], 0, d.whole.high), y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.annotate(text, (max(0, ends[1], ends[1] - d.content.value + d.content.high), y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
     ax.axvline(0, color="0.5", lw=0.8)
     name = next(iter(parts.values())).metric
     ax.set(xlabel=f"gain over the base, {name.upper() if name == 'bleu' else name}, whole continuation")
     ax.set_yticks(range(len(parts)), [k.replace("$", r"\$") for k in parts])
     ax.invert_yaxis()
     ax.margins(x=0.18)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncol=2, frameon=False)
     return ax
