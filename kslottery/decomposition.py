@@ -13,7 +13,7 @@ import numpy as np
 
 from .evaluation import Translation, get_extraction, get_metric, score_statistics, sentence_statistics
 
-# %% ../nbs/08_decomposition.ipynb #74f89898
+# %% ../nbs/08_decomposition.ipynb #bf6d8278
 class Interval(NamedTuple):
     "An estimate and its bootstrap interval; all three are None where the sentences cannot tell."
 
@@ -131,7 +131,7 @@ def decompose(
 
     parts = (_interval(x, confidence) for x in (whole, content, whole - content))
     rules = "+".join(str(get_extraction(r)) for r in ("whole", "first_line"))
-    signature = f"{get_metric(metric, references).get_signature()}|rule:{rules}"
+    signature = f"{get_metric(metric, references[:1]).get_signature()}|rule:{rules}"
     return Decomposition(*parts, share, verdict, facts(0, base), facts(2, tuned), metric, signature, confidence, samples, seed, len(references))
 
 # %% ../nbs/08_decomposition.ipynb #4e00343f

@@ -75,7 +75,7 @@ def translate(
             bar.update(len(chosen))
     return results
 
-# %% ../nbs/07_evaluation.ipynb #a74f00dc
+# %% ../nbs/07_evaluation.ipynb #784da61d
 class Extraction(NamedTuple):
     "A rule that says which part of a continuation is scored: `rule(text)`. Its version goes up when its results change."
 
@@ -107,13 +107,13 @@ def authors(text: str) -> str:
 
 
 def prompt_fields(template: str | Template, languages: tuple[str, str] | None = None) -> list[str]:
-    """What begins a line of a prompt and tells that the prompt begins again: marks ("###"), names with a colon ("Input:"), and lines without a place ("Translate ... to Catalan.").
+    """What tells that a prompt begins again: of each line its mark ("###"), its name with a colon ("Input:"), or its first five words, if it is a sentence without a place.
 
     Raises ValueError if the template says the languages and there are none.
     """
     lines = "".join(text for text, _ in get_template(template).parts("\0", "\0", languages)).split("\n")
     found = [re.match(r"#+|[^\0:]{1,40}:|[^\0]+$", line.strip()) for line in lines]
-    return list(dict.fromkeys(m.group() for m in found if m))
+    return list(dict.fromkeys(" ".join(m.group().split()[:5]) for m in found if m))
 
 
 def restart(template: str | Template, languages: tuple[str, str] | None = None) -> Extraction:
@@ -219,7 +219,7 @@ def get_metric(name: str, references: list[str] | None = None):
     """
     return _maker(name)([references] if references is not None else None)
 
-# %% ../nbs/07_evaluation.ipynb #8795b720
+# %% ../nbs/07_evaluation.ipynb #a2bdbdb7
 RULES = ("whole", "first_line")
 
 
@@ -251,7 +251,7 @@ def score(translations: list[Translation], references: list[str], *, rules=RULES
 
 def signatures(references: list[str], *, metrics=("bleu", "chrf")) -> dict[str, str]:
     "sacrebleu's signature of each metric, without a rule."
-    return {name: str(get_metric(name, references).get_signature()) for name in metrics}
+    return {name: str(get_metric(name, references[:1]).get_signature()) for name in metrics}
 
 # %% ../nbs/07_evaluation.ipynb #a6e288f0
 def comet(
