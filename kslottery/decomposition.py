@@ -165,7 +165,7 @@ def forced_stop(base: list[Translation], tuned: list[Translation], tokenizer) ->
         result.append(b)
     return result
 
-# %% ../nbs/08_decomposition.ipynb #2ada529f
+# %% ../nbs/08_decomposition.ipynb #2db8053f
 def plot_decomposition(parts: dict[str, Decomposition], ax=None):
     "One bar a system: its gain, split into stopping and content, with the interval of each part as a whisker. Returns the axes."
     import matplotlib.pyplot as plt
@@ -187,6 +187,6 @@ def plot_decomposition(parts: dict[str, Decomposition], ax=None):
     ax.set(xlabel=f"gain over the base, {name.upper() if name == 'bleu' else name}, whole continuation")
     ax.set_yticks(range(len(parts)), [k.replace("$", r"\$") for k in parts])
     ax.invert_yaxis()
-    ax.margins(x=0.18)
+    ax.margins(x=0.3)
     ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncol=2, frameon=False)
     return ax

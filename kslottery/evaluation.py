@@ -9,7 +9,7 @@ __all__ = ['EXTRACTIONS', 'METRICS', 'RULES', 'Translation', 'translate', 'Extra
            'approximate_randomisation', 'accuracy', 'exact_match', 'loglikelihood', 'Choice', 'multiple_choice',
            'score_choices']
 
-# %% ../nbs/07_evaluation.ipynb #9a31f88d
+# %% ../nbs/07_evaluation.ipynb #380a530e
 import json
 import re
 import shutil
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .core import fingerprint, progress_bar
-from .data import Example, Pair, Template, collate, encode_all, get_template
+from .data import LANGUAGE_NAMES, TEMPLATES, Example, Pair, Template, collate, encode_all, get_template
 
 # %% ../nbs/07_evaluation.ipynb #dd21f822
 class Translation(NamedTuple):
@@ -75,7 +75,7 @@ def translate(
             bar.update(len(chosen))
     return results
 
-# %% ../nbs/07_evaluation.ipynb #784da61d
+# %% ../nbs/07_evaluation.ipynb #655c076f
 class Extraction(NamedTuple):
     "A rule that says which part of a continuation is scored: `rule(text)`. Its version goes up when its results change."
 
@@ -116,14 +116,19 @@ def prompt_fields(template: str | Template, languages: tuple[str, str] | None = 
     return list(dict.fromkeys(" ".join(m.group().split()[:5]) for m in found if m))
 
 
+def _restart(name, fields):
+    again = re.compile(r"(?:^|\s)(?:" + "|".join(map(re.escape, fields)) + ")") if fields else None
+    return Extraction(name, 1, lambda text: whole(again.split(text, maxsplit=1)[0] if again else text))
+
+
 def restart(template: str | Template, languages: tuple[str, str] | None = None) -> Extraction:
     "The rule that cuts a continuation where it starts a field of this template again, at the start of a line or after a space; what is left goes on one line."
-    fields = prompt_fields(template, languages)
-    again = re.compile(r"(?:^|\s)(?:" + "|".join(map(re.escape, fields)) + ")") if fields else None
-    return Extraction("restart", 1, lambda text: whole(again.split(text, maxsplit=1)[0] if again else text))
+    return _restart(f"restart({get_template(template).name})", prompt_fields(template, languages))
 
 
-EXTRACTIONS = {r.name: r for r in (Extraction("whole", 1, whole), Extraction("first_line", 1, first_line), Extraction("authors", 1, authors), restart("alpaca", ("", "")))}
+_presets = [field for name in TEMPLATES for field in prompt_fields(name, ("", ""))] + [f"{language}:" for language in LANGUAGE_NAMES.values()]
+_rules = Extraction("whole", 1, whole), Extraction("first_line", 1, first_line), Extraction("authors", 1, authors), _restart("restart", _presets)
+EXTRACTIONS = {rule.name: rule for rule in _rules}
 
 
 def get_extraction(rule: str | Extraction) -> Extraction:

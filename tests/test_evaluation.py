@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_model
 from kslottery.core import fingerprint
-from kslottery.data import Example, Pair, Role, collate, get_template
+from kslottery.data import TEMPLATES, Example, Pair, Role, collate, get_template
 from kslottery.evaluation import (
     EXTRACTIONS,
     METRICS,
@@ -149,12 +149,16 @@ def test_a_restarted_prompt_is_cut(template, again):
     for more in again:
         assert rule(f" {kept}\n {more} and more") == whole(kept)
     assert rule(kept) == whole(kept) and rule("") == "" and rule(again[0]) == ""
+    preset = EXTRACTIONS["restart"]
+    assert str(rule) == f"restart({get_template(template).name}).1" and (
+        template not in TEMPLATES or all(preset(f"{kept}\n {more}") == whole(kept) for more in again)
+    )
     prompt = "".join(text for text, _ in get_template(template).parts("A cat.", "", ("English", "Catalan")))
     assert rule(f"{kept}\n{prompt}") == whole(kept)  # the whole prompt once more
 
 
 def test_a_prompt_without_fields_is_never_restarted_and_languages_are_asked_for():
-    assert prompt_fields("prompt") == [] and restart("prompt")("Input: a\n### b") == "Input: a ### b"
+    assert prompt_fields("prompt") == prompt_fields("explicit", ("", ""))[1:] == [] and restart("prompt")("Input: a\n### b") == "Input: a ### b"
     with pytest.raises(ValueError, match="languages"):
         restart("explicit")
 
