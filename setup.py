@@ -26,7 +26,12 @@ setup(
     package_data={"kslottery": ["*.json", "*.j2"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"run": run, "docs": docs, "dev": run + docs + cfg["dev_requirements"].split()},
+    extras_require={
+        "run": run,
+        "docs": docs,
+        "spbleu": cfg["spbleu_requirements"].split(),
+        "dev": run + docs + cfg["dev_requirements"].split(),
+    },
     entry_points={"console_scripts": ["kslottery=kslottery.cli:main"], "nbdev": ["kslottery=kslottery._modidx:d"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

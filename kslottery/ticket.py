@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'versions', 'model_fingerprints', 'Ticket']
 
-# %% ../nbs/05_ticket.ipynb #4e581fe8
+# %% ../nbs/05_ticket.ipynb #935ae66e
 import json
 import platform
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from .core import fingerprint, whole_folder, write_json, write_text
 from .ks import Scan
 from .rows import TunedRows, input_embedding, is_tied
 
-# %% ../nbs/05_ticket.ipynb #6744c7df
+# %% ../nbs/05_ticket.ipynb #9dc9d5a8
 SCHEMA = 1
 
 
@@ -71,13 +72,20 @@ def _scan_from(stored):
     return Scan(stored["statistic"], stored.get("pvalue"), int(about["d"]), about["criterion"], float(about["decided"]) if about["decided"] else None)
 
 
+def _ticket_folder(folder):
+    "A path, if it is that of a ticket folder. Raises FileNotFoundError if it is not."
+    if not (Path(folder) / "ticket.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no ticket.json: it is not a ticket folder")
+    return Path(folder)
+
+
 @dataclass
 class Ticket:
     """A winning ticket: `ids` (k,) int64, best first, and whatever is known about them.
 
     rows: the ticket's tuned rows; embed_rows: all Embed-Tuned rows; scan: the scan that chose the ids; each may be None.
     info: JSON-ready facts (model, revision, fingerprints, tokens, alpha, correction, settings, seed, versions). sentences: hashes of the tuning pairs.
-    certificates: what has been proven about it (see `kslottery.certificate`).
+    certificates: what has been proven about it (see `kslottery.certificate`). audit: what an audit found (`kslottery.audit.Audit.as_dict`), or None.
     """
 
     ids: np.ndarray
@@ -87,6 +95,7 @@ class Ticket:
     scan: Scan | None = None
     sentences: list[str] = field(default_factory=list)
     certificates: list[Certificate] = field(default_factory=list)
+    audit: dict | None = None
 
     @classmethod
     def make(cls, model, tokenizer, ids, *, name: str, revision: str | None = None, scan=None, rows=None, embed_rows=None, sentences=(), **facts):
@@ -159,23 +168,33 @@ class Ticket:
                 (work / "sentences.txt").write_text("\n".join(self.sentences) + "\n")
             if self.peft_obstacle is None:
                 self._save_adapter(work)
-            if self.certificates:
-                self._write_certificates(work)
-            (work / "README.md").write_text(self._card(), encoding="utf-8")
             for name, content in (extra or {}).items():
                 (work / name).write_bytes(content)
+            self._write_findings(work)
             write_json(work / "ticket.json", record)
 
-    def _write_certificates(self, folder):
-        write_json(Path(folder) / "certificates.json", [json.loads(c.to_json()) for c in self.certificates])
+    def _write_findings(self, folder):
+        "What was proven and found about the ticket, and the card that says so."
+        if self.certificates:
+            write_json(folder / "certificates.json", [json.loads(c.to_json()) for c in self.certificates])
+        if self.audit is not None:
+            write_json(folder / "audit.json", self.audit)
+        write_text(folder / "README.md", self.card(sorted(p.name for p in folder.glob("*.png"))))
 
     def add_certificates(self, folder, certificates: list[Certificate]):
         "Add certificates to the ticket and to its folder, where everything else stays as it is; one that is there already is not repeated. Raises FileNotFoundError for a folder without a ticket."
-        if not (Path(folder) / "ticket.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no ticket.json: save the ticket there first")
+        folder = _ticket_folder(folder)
         self.certificates += [c for c in certificates if c not in self.certificates]
-        self._write_certificates(folder)
-        write_text(Path(folder) / "README.md", self._card())
+        self._write_findings(folder)
+
+    def add_audit(self, folder, record: dict, figure: bytes | None = None):
+        "Keep what an audit found (`kslottery.audit.Audit.as_dict`, and its figure as PNG) in the ticket and in its folder; it replaces an older audit. Raises FileNotFoundError for a folder without a ticket."
+        folder = _ticket_folder(folder)
+        self.audit = record
+        if figure is not None:
+            (folder / ".audit.png.part").write_bytes(figure)
+            (folder / ".audit.png.part").replace(folder / "audit.png")
+        self._write_findings(folder)
 
     def _save_adapter(self, folder):
         from peft import TrainableTokensConfig
@@ -230,13 +249,46 @@ class Ticket:
         rows.fits(model)
         return cls.make(model, tokenizer, about.token_indices, name=name or about.base_model_name_or_path, revision=about.revision, rows=rows, **facts)
 
-    def _card(self):
-        tokens = ", ".join(f"`{t!r}`" for t in self.info["tokens"][:20])
-        return (
-            f"---\nlibrary_name: peft\nbase_model: {json.dumps(self.info['model'])}\ntags: [kslottery]\n---\n\n# A KS-Lottery ticket of {len(self.ids)} rows\n\n"
-            f"Model: `{self.info['model']}`. Tokens: {tokens or 'none'}.\n\nSettings and fingerprints: `ticket.json`. PEFT adapter: {self.peft_obstacle or 'in this folder'}.\n"
-            + "".join(f"\n```text\n{c}\n```\n" for c in self.certificates)
-        )
+    def card(self, figures=()) -> str:
+        "The ticket's card, a Hub model card in Markdown with its YAML header. figures: names of image files beside it."
+        from huggingface_hub import ModelCardData
+
+        info = self.info
+        header = ModelCardData(
+            base_model=info["model"], library_name="peft", pipeline_tag="text-generation", tags=["kslottery", "trainable-tokens", "translation"] if info.get("languages") else ["kslottery", "trainable-tokens"],
+            language=[c for c in (info.get("languages") or "").split("-") if re.fullmatch("[a-z]{2,3}", c)] or None, license=info.get("license"),
+            metrics=["bleu", "chrf"] if self.audit else None,
+        )  # fmt: skip
+        return f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(self._card_sections(figures)) + "\n"
+
+    def _card_sections(self, figures):
+        "The card's paragraphs."
+        info, k = self.info, len(self.ids)
+        cell = lambda value: str(value).replace("|", r"\|").replace("\n", "\\n")
+        verdict = self.audit["sentence"] if self.audit else "This ticket has not been audited: whether its rows carry content or only a habit is not known (`kslottery audit`)."
+        yield f"# A KS-Lottery ticket of {k} rows for {cell(info['model'])}\n\n> {verdict}\n"
+        yield f"{k} rows of the input embedding ({info['V']:,} rows of {info['d']}), tuned and read instead of the model's own. Everything else in the model is as it was. PEFT adapter: {self.peft_obstacle or 'this folder is one'}.\n"
+        if k:
+            yield "| token | id | statistic | p-value |\n|---|---:|---:|---:|"
+            for i, token in list(zip(self.ids.tolist(), info["tokens"]))[:25]:
+                numbers = ("", "") if self.scan is None else (f"{self.scan.statistic[i]:.3f}", "" if self.scan.pvalue is None else f"{self.scan.pvalue[i]:.1e}")
+                yield f"| `{cell(repr(token))}` | {i} | {numbers[0]} | {numbers[1]} |"
+            yield f"\n{f'and {k - 25} more: see `ticket.json`.' if k > 25 else ''}"
+            yield '```python\nfrom kslottery.core import load_model\nfrom kslottery.ticket import Ticket\n\n'
+            yield f'ticket = Ticket.load("this folder")\nmodel, tokenizer = load_model({json.dumps(info["model"])}, {info["revision"]!r})\nticket.check(model, tokenizer)\nwith ticket.rows.applied(model):\n    ...  # model.generate\n```\n'
+        yield "## How it was made\n\n| | |\n|---|---|"
+        known = {name.replace("_", " "): info[name] for name in ("model", "revision", "alpha", "correction", "top_k", "criterion", "languages", "seed", "dtype", "mode") if info.get(name) not in (None, 0, "")}
+        known |= {"template": info["template"]["text"]} if info.get("template") else {}
+        known |= {name.replace("_", " "): value for name, value in (info.get("settings") or {}).items()} | ({"tuning pairs": len(self.sentences)} if self.sentences else {})
+        known |= {"embedding": f"SHA-256 {info['fingerprints']['embedding'][:16]}…", "versions": ", ".join(f"{n} {v}" for n, v in info["versions"].items())}
+        for name, value in known.items():
+            yield f"| {name} | {cell(value)} |"
+        yield "\n## Scores, controls and verdict\n\n" + (self.audit["report"] if self.audit else "Not audited.")
+        for name in figures:
+            yield f"\n![{name.removesuffix('.png')}]({name})"
+        yield "\n## Certificates\n\n" + ("\n".join(f"```text\n{c}\n```\n" for c in self.certificates) or "None.\n")
+        yield f"## Licence and citation\n\nLicence: {info.get('license') or 'none stated; that of the base model applies to what is derived from it'}.\n"
+        yield "Method: Yuan et al., KS-Lottery, NAACL 2025 ([arXiv 2402.02801](https://arxiv.org/abs/2402.02801)). Made with kslottery " + f"{info['versions'].get('kslottery', '')}."
 
     @classmethod
     def load(cls, folder):
@@ -246,9 +298,7 @@ class Ticket:
         """
         from safetensors import SafetensorError, safe_open
 
-        folder = Path(folder)
-        if not (folder / "ticket.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no ticket.json: it is not a ticket folder")
+        folder = _ticket_folder(folder)
 
         def tensors(name):
             path = folder / f"{name}.safetensors"
@@ -270,11 +320,15 @@ class Ticket:
         for derived in ("size", "peft", "statistic", "pvalue"):
             info.pop(derived, None)
         rows, embed, scan = tensors("rows"), tensors("embed_rows"), tensors("scan")
-        sentences, certificates = folder / "sentences.txt", folder / "certificates.json"
+        sentences, certificates, audit = folder / "sentences.txt", folder / "certificates.json", folder / "audit.json"
         try:
             proven = [Certificate.from_json(json.dumps(c)) for c in json.loads(certificates.read_text(encoding="utf-8"))] if certificates.exists() else []
         except ValueError as error:
             raise ValueError(f"{certificates} is damaged ({error}): remove it, and certify again") from None
+        try:
+            found = json.loads(audit.read_text(encoding="utf-8")) if audit.exists() else None
+        except ValueError as error:
+            raise ValueError(f"{audit} is damaged ({error}): remove it, and audit again") from None
         return cls(
             ids,
             info,
@@ -282,4 +336,5 @@ class Ticket:
             _scan_from(scan) if scan else None,
             sentences.read_text().split() if sentences.exists() else [],
             proven,
+            found,
         )

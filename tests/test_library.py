@@ -29,6 +29,7 @@ ORDER = (
     "bank",
     "evaluation",
     "losses",
+    "decomposition",
     "audit",
     "plots",
     "cli",
