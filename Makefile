@@ -5,7 +5,7 @@ SEED ?= 0
 RUN ?= runs/quickstart
 PORT ?= 8000
 
-.PHONY: help setup setup-browser run run-real test test-full docs docs-serve export notebooks clean bench-ks bench-bank bench-step
+.PHONY: help setup setup-browser run run-real test test-full docs docs-serve export notebooks clean bench-ks bench-bank bench-step bench-prefix
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -64,3 +64,6 @@ bench-bank: .venv/ready ## many tickets in one batch against merged models and s
 
 bench-step: .venv/ready ## one step of row tuning against PEFT, LoRA, dense and full tuning: ratios of time and memory
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_step.py --out benchmarks/results/step.json
+
+bench-prefix: .venv/ready ## a step with the template's prefix run once per batch, against one without: ratio of time
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_prefix.py --out benchmarks/results/prefix.json

@@ -78,24 +78,50 @@ def _frozen_head(model):
     same = len(seen) == 1 and torch.equal(seen[0], out.logits)
     return head if same and torch.isclose(out.loss.float(), F.cross_entropy(seen[0][0, :-1].float(), probe[0, 1:]), rtol=1e-4) else None
 
-# %% ../nbs/06_tuning.ipynb #110c2395
+# %% ../nbs/06_tuning.ipynb #1a1461b9
+def _shared_prefix(input_ids, attention_mask, labels):
+    "How many tokens at the start of a batch, all (B, T), are the same in all examples and predict nothing; 0 if it would not pay to run them once."
+    same = (input_ids == input_ids[:1]) & (attention_mask == 1) & (labels == -100)
+    n = int(same.all(0).cumprod(0).sum()) - 1  # the last of them may predict
+    return n if n >= 8 and len(input_ids) > 1 else 0
+
+# %% ../nbs/06_tuning.ipynb #158c3129
+def _unshared(model):
+    "Why a prefix cannot be run once for the batch with this model, or None."
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    numbers = ((m, k, v) for m in model.modules() for k, v in vars(m).items() if isinstance(v, float))
+    if any(v > 0 for m, k, v in numbers if "drop" in k or (k == "p" and isinstance(m, torch.nn.Dropout))):
+        return "it has dropout: set that to 0"
+    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
+        return "it remembers more than keys and values"
+
+
 class _Wrapped(torch.nn.Module):
     "What the Trainer sees: the parameters that learn, and a model that reads them."
 
-    def __init__(self, model, rows=None):
+    def __init__(self, model, rows=None, share_prefix=False):
         super().__init__()
-        self.model, self.tuned = model, rows
+        self.model, self.tuned, self.share_prefix = model, rows, share_prefix
         self.lean = (rows is None or rows.mode == "input_only") and _frozen_head(model) is not None  # a head that reads shared rows is not frozen
+        if share_prefix and (why := _unshared(model) if self.lean else "its loss is taken the long way"):
+            raise ValueError(f"share_prefix is not for this {type(model).__name__} ({why}): leave it off")
         self.is_distributed_loading_by_transformers = rows is not None  # the Trainer then wraps no DDP around the base, and averages the rows' gradients
 
     def forward(self, input_ids, attention_mask, labels, roles=None, num_items_in_batch=None, **kwargs):
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+        inputs = dict(attention_mask=attention_mask, use_cache=False, **kwargs)
         if not self.lean:
-            return {"loss": self.model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch).loss}
+            return {"loss": self.model(input_ids=input_ids, **inputs, labels=labels, num_items_in_batch=num_items_in_batch).loss}
         head = self.model.get_output_embeddings()
-        head.forward = lambda hidden: target_loss(hidden, labels, head, num_items_in_batch)
+        head.forward = lambda hidden: hidden if labels is None else target_loss(hidden, labels, head, num_items_in_batch)
         try:
-            return {"loss": self.model(**inputs).logits}
+            if self.share_prefix and (n := _shared_prefix(input_ids, attention_mask, labels)):
+                rest, labels = labels[:, n:], None  # the head has nothing to do in the prefix
+                cache = self.model(input_ids=input_ids[:1, :n], attention_mask=attention_mask[:1, :n], use_cache=True, **kwargs).past_key_values
+                cache.batch_repeat_interleave(len(input_ids))
+                input_ids, labels, inputs = input_ids[:, n:], rest, inputs | dict(use_cache=True, past_key_values=cache)
+            return {"loss": self.model(input_ids=input_ids, **inputs).logits}
         finally:
             del head.forward
 
@@ -153,7 +179,7 @@ def _read_state(path, run):
         raise ValueError(f"{path} was altered after it was written: remove it to start anew")
     return tensors, json.loads(about["notes"])
 
-# %% ../nbs/06_tuning.ipynb #4a34f19d
+# %% ../nbs/06_tuning.ipynb #0fe13996
 def _arguments(folder, lr, epochs, batch_size, seed, more):
     "The Trainer's arguments: our recipe, and what the caller adds. Raises ValueError for one that a function's own argument decides, and if the processes do not find each other."
     from transformers import TrainingArguments
@@ -245,7 +271,7 @@ def _trainer(trained, arguments, examples, pad_id, batch_size, bar, checkpoint=N
     return trainer, arguments.output_dir if state else None
 
 
-def _train(model, examples, pad_id, *, lr, epochs, batch_size, seed, label, progress, rows=None, checkpoint=None, save_every=50, **more):
+def _train(model, examples, pad_id, *, lr, epochs, batch_size, seed, label, progress, rows=None, checkpoint=None, save_every=50, share_prefix=False, **more):
     "Train what has requires_grad in `model` (and `rows`, if given) on the examples."
     if not examples:
         raise ValueError("there are no examples to train on")
@@ -257,13 +283,17 @@ def _train(model, examples, pad_id, *, lr, epochs, batch_size, seed, label, prog
     checkpointing = getattr(model, "is_activation_checkpointing", False)
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(folder, lr, epochs, batch_size, seed, more)
+        if share_prefix and arguments.torch_compile:
+            raise ValueError("share_prefix runs batches of ever other shapes, which torch_compile would compile anew: choose one of the two")
+        if share_prefix and (checkpointing or arguments.activation_checkpointing):
+            raise ValueError("share_prefix needs a cache, and activation checkpointing keeps none: choose one of the two")
         model.to(arguments.device)
-        trained = _Wrapped(model, rows).to(arguments.device)
+        trained = _Wrapped(model, rows, share_prefix).to(arguments.device)
         run = None
         if checkpoint:
             checkpoint = Path(checkpoint)
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            run = _fingerprint_of_run(model, rows, examples, [lr, epochs, batch_size, seed, arguments.world_size], more)
+            run = _fingerprint_of_run(model, rows, examples, [lr, epochs, batch_size, seed, arguments.world_size, share_prefix], more)
         with progress_bar(steps, f"{label}, steps", progress and not arguments.process_index) as bar:
             trainer, resume = _trainer(trained, arguments, examples, pad_id, batch_size, bar, checkpoint, save_every, run)
             with rows.applied(model) if rows is not None else contextlib.nullcontext():
@@ -293,10 +323,10 @@ def _frozen(model):
         for p, flag in was:
             p.requires_grad_(flag)
 
-# %% ../nbs/06_tuning.ipynb #8b919533
+# %% ../nbs/06_tuning.ipynb #a79eb0ff
 def tune_rows(
     model, ids, examples: list[Example], *, lr: float, epochs: int, batch_size: int = 16, seed: int = 0, label: str = "Tuning rows", progress: bool = True,
-    mode: str = "input_only", checkpoint=None, save_every: int = 50, **training,
+    mode: str = "input_only", checkpoint=None, save_every: int = 50, share_prefix: bool = False, **training,
 ) -> TunedRows:  # fmt: skip
     """Train the rows of some token ids, from the model's own, with everything else frozen.
 
@@ -304,9 +334,10 @@ def tune_rows(
     lr, epochs, batch_size, seed: AdamW without weight decay, cosine schedule, 3% warm-up, clipping at norm 1. A batch is what one step sees, over all processes and accumulated parts.
     mode: "input_only", or "shared" for a model that ties input and output embeddings: the rows then learn from both places (and the loss is taken the long way).
     checkpoint: a file that holds the state of the run, written every `save_every` steps and at the end; if it exists, the run goes on from there, and on a CPU gives the same rows as an unbroken one, bit for bit.
+    share_prefix: run the tokens that all examples of a batch begin with only once; it takes less time, and the rows agree up to fp32 rounding. Not for dropout, activation checkpointing, torch_compile, shared rows or recurrent models.
     training: further arguments for transformers' `TrainingArguments`, such as bf16, gradient_accumulation_steps, activation_checkpointing, torch_compile, report_to with output_dir.
     Returns the tuned rows, fp32. All of them are stepped at every step, so that the result equals dense AdamW (torch's plain one, optim="adamw_torch") on the whole matrix.
-    Raises ValueError for no ids, no examples, ids outside the vocabulary, a run that diverges, an argument that the recipe decides, or a checkpoint that is broken or another run's.
+    Raises ValueError for no ids, no examples, ids outside the vocabulary, a run that diverges, an argument that the recipe decides, a prefix that cannot be shared, or a checkpoint that is broken or another run's.
     """
     if not len(ids):
         raise ValueError("there are no rows to tune: an empty ticket has nothing to train; raise alpha, tune longer or take top_k")
@@ -314,7 +345,7 @@ def tune_rows(
     with _frozen(model):
         _train(
             model, examples, 0, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed, label=label, progress=progress, rows=rows,
-            checkpoint=checkpoint, save_every=save_every, **training,
+            checkpoint=checkpoint, save_every=save_every, share_prefix=share_prefix, **training,
         )  # fmt: skip
     return rows.to("cpu")
 

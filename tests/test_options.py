@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from conftest import examples, tiny_model
+from kslottery.data import Example, collate
 from kslottery.rows import TunedRows
-from kslottery.tuning import embed_tune, full_fine_tune, partial_tune
+from kslottery.tuning import _Wrapped, embed_tune, full_fine_tune, partial_tune
 
 
 def tune(model, **more):
@@ -73,3 +75,72 @@ def test_tensorboard(tmp_path):
 def test_an_unknown_option_is_named():
     with pytest.raises(TypeError, match="no_such_option"):
         tune(tiny_model("llama"), no_such_option=1)
+
+
+def templated(n):
+    "Sentences that begin with the same 12 tokens, 7 among them and nowhere else, then 1-4 tokens of their own and a target."
+    rng, made = np.random.default_rng(0), []
+    prefix = [1, *range(20, 28), 7, 28, 29]
+    for i in range(n):
+        source, target = rng.integers(8, 64, rng.integers(1, 5)).tolist(), rng.integers(8, 64, rng.integers(4, 12)).tolist()
+        prompt = len(prefix) + len(source)
+        made.append(Example(str(i), prefix + source + target, [-100] * prompt + target, [1] * (prompt + len(target)), prompt))
+    return made
+
+
+def windowed(kind):
+    "A tiny model without dropout, or one of two layers that look back 5 tokens, gemma's second one at all."
+    shape = dict(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, pad_token_id=0, sliding_window=5
+    )
+    torch.manual_seed(0)
+    if kind == "sliding":
+        return MistralForCausalLM(MistralConfig(**shape, tie_word_embeddings=False))
+    if kind == "sliding gemma":
+        return Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=8, layer_types=["sliding_attention", "full_attention"]))
+    model = tiny_model(kind)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+SHARED = ["llama", "qwen2", "mistral", "gpt2", "gemma", "bloom", "sliding", "sliding gemma"]
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_shared_prefix_gives_the_same_rows(kind):
+    "Also with a sliding window (5) shorter than the prefix, and in a batch whose prefix differs from the others'."
+    model, data = windowed(kind), templated(20)
+    seen, calls = [], []
+    for share in (False, True):
+        handle = model.get_input_embeddings().register_forward_hook(lambda m, args, out: calls.append(tuple(args[0].shape)))
+        seen.append(partial_tune(model, np.arange(3, 64), data, lr=1e-3, epochs=1, batch_size=5, progress=False, share_prefix=share).rows)
+        handle.remove()
+        assert ((1, 11) in calls) == share  # the twelfth predicts
+    assert (seen[0] - TunedRows.of(model, np.arange(3, 64)).rows).abs().max() > 1e-4
+    assert (seen[0] - seen[1]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_shared_prefix_gives_the_same_gradients(kind):
+    model = windowed(kind).requires_grad_(False)
+    batch, rows = collate(templated(6), 0), TunedRows.of(model, np.arange(3, 64))
+    with rows.applied(model):
+        plain, shared = (_Wrapped(model, rows, share)(**batch)["loss"] for share in (False, True))
+        one, two = (torch.autograd.grad(loss, rows.rows)[0] for loss in (plain, shared))
+    assert abs(plain - shared) < 1e-5 * plain
+    assert (one - two).norm() < 1e-5 * one.norm()
+    assert (one[7 - 3] != 0).all()  # a token that only the prefix holds: the gradient comes through the cache
+
+
+def test_a_prefix_that_cannot_be_shared_is_refused():
+    data, settings = templated(4), dict(lr=1e-3, epochs=1, progress=False, share_prefix=True)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel .it has dropout"):
+        embed_tune(tiny_model("gpt2"), data, **settings)
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        embed_tune(tiny_model("llama"), data, **settings, activation_checkpointing=True)
+    with pytest.raises(ValueError, match="the long way"):
+        embed_tune(windowed("gpt2"), data, mode="shared", **settings)
+    with pytest.raises(ValueError, match="more than keys and values"):
+        embed_tune(MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1)), data, **settings)
