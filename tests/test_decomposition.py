@@ -144,6 +144,7 @@ def test_the_interval_covers_at_its_nominal_rate(which, monkeypatch):
         covered += found.low <= truth <= found.high
         halved += (found.low + found.value) / 2 <= truth <= (found.high + found.value) / 2
     low, high = binom.ppf([0.0005, 0.9995], 200, 0.95)
+    print(which, covered, halved)
     assert halved < low <= covered <= high, (covered, halved)
 
 
@@ -191,6 +192,8 @@ def test_other_sentences_and_names_are_refused():
         decompose(base, tuned, references, metric="meteor")
     with pytest.raises(ValueError, match="extraction is 'last'"):
         recovery(base, tuned, tuned, references, rule="last")
+    with pytest.raises(ValueError, match="samples is 0: draw at least one"):
+        decompose(base, tuned, references, samples=0)
     with pytest.raises(ValueError, match="0 translations for 0 references"):
         decompose([], [], [])
 
