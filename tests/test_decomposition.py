@@ -144,7 +144,6 @@ def test_the_interval_covers_at_its_nominal_rate(which, monkeypatch):
         covered += found.low <= truth <= found.high
         halved += (found.low + found.value) / 2 <= truth <= (found.high + found.value) / 2
     low, high = binom.ppf([0.0005, 0.9995], 200, 0.95)
-    print(which, covered, halved)
     assert halved < low <= covered <= high, (covered, halved)
 
 
