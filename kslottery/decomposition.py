@@ -13,7 +13,7 @@ import numpy as np
 
 from .evaluation import Translation, get_extraction, get_metric, score_statistics, sentence_statistics
 
-# %% ../nbs/08_decomposition.ipynb #bf6d8278
+# %% ../nbs/08_decomposition.ipynb #9764a6c6
 class Interval(NamedTuple):
     "An estimate and its bootstrap interval; all three are None where the sentences cannot tell."
 
@@ -30,14 +30,16 @@ UNKNOWN = Interval(None, None, None)
 
 def _resampled(systems, references, metric, samples, seed):
     "Scores of each (translations, rule), once on all sentences and then on resamples of them: (systems, 1 + samples), higher is better."
-    n = len(references)
     ids = [[t.id for t in translations] for translations, _ in systems]
     if any(i != ids[0] for i in ids):
         raise ValueError("the systems translate different sentences: give translations with the same ids in the same order")
-    rng = np.random.default_rng(seed)
-    counts = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=samples) if n else np.empty((0, n))])
+    if samples < 1:
+        raise ValueError(f"samples is {samples}: draw at least one resample, and 1000 for an interval to quote")
+    statistics = [sentence_statistics(t, references, rule=rule, metric=metric) for t, rule in systems]
+    n = len(references)
+    counts = np.vstack([np.ones(n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)])  # how often each sentence is drawn
     sign = -1 if metric == "ter" else 1  # edits: fewer are better
-    return sign * np.array([score_statistics(counts @ sentence_statistics(t, references, rule=rule, metric=metric), metric) for t, rule in systems])
+    return sign * np.array([score_statistics(counts @ s, metric) for s in statistics])
 
 
 def _interval(values, confidence):

@@ -191,6 +191,8 @@ def test_other_sentences_and_names_are_refused():
         decompose(base, tuned, references, metric="meteor")
     with pytest.raises(ValueError, match="extraction is 'last'"):
         recovery(base, tuned, tuned, references, rule="last")
+    with pytest.raises(ValueError, match="samples is 0: draw at least one"):
+        decompose(base, tuned, references, samples=0)
     with pytest.raises(ValueError, match="0 translations for 0 references"):
         decompose([], [], [])
 
