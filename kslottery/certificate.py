@@ -16,15 +16,15 @@ import numpy as np
 
 from .core import fingerprint
 
-# %% ../nbs/01_certificate.ipynb #5d10f4ab
+# %% ../nbs/01_certificate.ipynb #ec316162
 @dataclass(frozen=True)
 class Certificate:
     """What was claimed, and on what grounds.
 
     kind: "ks-margin", "agreement" or "ticket". claim: a sentence that starts "With probability at least". holds: whether the claim could be made; if not, the certificate abstains.
-    bound: the upper bound (of the risk; for "ks-margin" the margin required). confidence: 1 - delta. n, unit: how many units of which kind the probability is over.
+    bound: the upper bound of the risk (for "ticket" that is epsilon, the only bound proven for the ticket that was chosen; for "ks-margin" it is the margin required). confidence: 1 - delta. n, unit: how many units of which kind the probability is over.
     assumptions: sentences, all of which must be true. vacuous: the bound could not fail to be met (a risk of 1) or could not be met at all (a margin of 1).
-    size: of the certified ticket, or None. path: one record for each ticket tested. facts: method, epsilon, delta, fingerprints of data, ticket and models.
+    size: of the certified ticket, or None. path: one record for each ticket tested; its bounds hold with 1 - delta each, alone, and not for the ticket that was chosen. facts: method, epsilon, delta, fingerprints of data, ticket and models.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Certificate:
         return not self.holds
 
     def __str__(self):
-        head = "CERTIFIED. " if self.holds else "ABSTAINS. What could not be shown: "
+        head = "CERTIFIED. " if self.holds else "ABSTAINS: nothing is claimed. What was asked and could not be shown: "
         return "\n".join([head + self.claim, *(f"  if {a}" if i == 0 else f"  and {a}" for i, a in enumerate(self.assumptions))])
 
     def to_json(self) -> str:
@@ -71,10 +71,20 @@ def _inside(name, value):
 
 
 def _up(x: float) -> str:
-    "A bound in print: rounded up, so that the printed claim is true."
-    return f"{math.ceil(x * 1e4 - 1e-9) / 1e4:.4g}"
+    "A bound in print: rounded up to four decimals, so that the printed claim is true."
+    return f"{math.ceil(x * 1e4 - 1e-9) / 1e4:.4f}".rstrip("0").rstrip(".")
 
-# %% ../nbs/01_certificate.ipynb #7d376840
+
+def _sure(delta: float) -> str:
+    "The confidence 1 - delta in print: rounded down."
+    return f"{math.floor((1 - delta) * 1e6 + 1e-9) / 1e6:.6f}".rstrip("0").rstrip(".")
+
+
+def _rows(size: int) -> str:
+    "A number of rows in words."
+    return "no rows (the base model)" if size == 0 else "1 row" if size == 1 else f"{size} rows"
+
+# %% ../nbs/01_certificate.ipynb #8ec96080
 def _limit(count, draws, level, side):
     "Exact (Clopper-Pearson) one-sided limit of a proportion at confidence 1 - level: a quantile of the beta distribution."
     from scipy.special import betaincinv
@@ -89,17 +99,19 @@ def _limit(count, draws, level, side):
 def ks_margin_bound(p_a, p_b, statistics, d: int, kappa: int = 1, delta: float | None = None, tokens: int | None = None) -> Certificate:
     """Does the answer at one prefix survive when the rows outside the ticket go back to the base model?
 
-    With probability at least 1 - delta over the draw of the rows (and of the answers, if p_a or p_b are counts), the majority answer of Partial Transfer at this prefix is that of Embed Tuning if
-    `holds`: the margin p_a - p_b exceeds `bound` = 2 * kappa * d * (sum of the KS distances).
+    With probability at least 1 - delta over the draw of the rows (and of the answers, if p_a or p_b are counts), the answer that Partial Transfer gives most often at this prefix, if the rows were drawn
+    anew, is that of Embed Tuning if `holds`: the margin p_a - p_b exceeds `bound` = 2 * kappa * d * (sum of the KS distances). It says nothing about the greedy output of the model at hand.
 
     p_a, p_b: probabilities of the top answer and the runner-up under the tuned rows; or counts (times given, draws), which are replaced by exact one-sided limits.
     p_b None means 1 - p_a. statistics: the KS statistics of the distinct tokens of the prefix that were touched and are not in the ticket. d: numbers in a row.
     kappa: 1 if the answers are half-lines in each number, 2m for m intervals. delta: None if statistics and probabilities are the true ones; else it is shared in equal parts
-    by the statistics and each counted probability. tokens: how many distinct tokens of the prefix were touched, ticket included (default: as many as there are statistics).
-    Raises ValueError for numbers outside their range, and for counts without delta. Source: after Yuan et al. 2025, section 3; the bound and its constant are ours.
+    by the statistics and each counted probability. tokens: how many distinct tokens of the prefix were touched, ticket included; needed with delta, because the ticket was chosen by the same statistics.
+    Raises ValueError for numbers outside their range, for counts without delta, and for statistics with delta but without tokens. Source: after Yuan et al. 2025, section 3; the bound and its constant are ours.
     """
     gaps = np.asarray(statistics, dtype=np.float64).reshape(-1)
-    tokens = len(gaps) if tokens is None else tokens
+    if delta is not None and len(gaps) and tokens is None:
+        raise ValueError(f"tokens is None: with delta, say how many distinct touched tokens the prefix has, ticket included (at least {len(gaps)})")
+    tokens = len(gaps) if tokens is None else int(tokens)
     if not (np.all((gaps >= 0) & (gaps <= 1)) and d >= 1 and kappa >= 1 and tokens >= len(gaps)):
         raise ValueError(f"statistics must lie in [0, 1], d and kappa be at least 1, and tokens at least {len(gaps)}: got {gaps[:3].tolist()}, {d}, {kappa}, {tokens}")
     counted = [isinstance(p, tuple) for p in (p_a, p_b)]
@@ -109,33 +121,34 @@ def ks_margin_bound(p_a, p_b, statistics, d: int, kappa: int = 1, delta: float |
     slack = 2 * math.sqrt(math.log(4 * tokens / part) / (2 * d)) if part and len(gaps) else 0.0
     low = _limit(*p_a, part, "lower") if counted[0] else float(p_a)
     high = 1 - low if p_b is None else min(_limit(*p_b, part, "upper"), 1 - low) if counted[1] else float(p_b)
-    if not (0 <= low <= 1 and 0 <= high and low + high <= 1 + 1e-12):
+    low, high = (min(1.0, max(0.0, p)) if -1e-12 <= p <= 1 + 1e-12 else math.nan for p in (low, high))  # sums of probabilities may be off in the last digits
+    if not low + high <= 1 + 1e-12:
         raise ValueError(f"p_a is {p_a} and p_b is {p_b}: two probabilities whose sum is at most 1 are needed")
     required, margin = 2 * kappa * d * float(np.sum(np.minimum(gaps + slack, 1))), low - high
     confidence = 1 - (delta or 0.0)
     assumptions = (
-        "the numbers of each row are independent draws from one distribution",
+        "all numbers of all rows are independent of one another, and those of one row come from one distribution",
         f"with all other numbers fixed, each answer is given on {'a half-line' if kappa == 1 else f'at most {kappa / 2:g} intervals'} of any one number",
         "the ticket keeps the Embed-Tuned rows (Partial Transfer) and only input rows were tuned",
-        "the statistics are the true distances" if delta is None else "the rows that are left out were not touched by tuning",
+        "every touched token of the prefix that is not in the ticket has its statistic here" + (", and the statistics are the true distances" if delta is None else ""),
         *(["the answers A and B were chosen on other draws than these"] if any(counted) else []),
         *(["no third answer is likelier than B"] if p_b is not None else []),
     )
     claim = (
-        f"With probability at least {confidence:g} over the draw of the rows, the majority answer of Partial Transfer at this one prefix is that of Embed Tuning: "
-        f"its margin {margin:.4g} {'exceeds' if margin > required else 'does not exceed'} the {_up(required)} that is required."
+        f"With probability at least {_sure(delta or 0.0)} over the draw of the rows, the answer that Partial Transfer would give most often at this one prefix, if the rows were drawn anew "
+        f"(not the greedy output of the model at hand), is that of Embed Tuning: its margin {margin:.6g} {'exceeds' if margin > required else 'does not exceed'} the {required:.6g} that is required."
     )
-    facts = {"margin": margin, "p_a": low, "p_b": high, "d": int(d), "kappa": int(kappa), "delta": delta, "slack": slack}
+    facts = {"margin": margin, "p_a": low, "p_b": high, "d": int(d), "kappa": float(kappa), "delta": delta, "slack": slack}
     return Certificate("ks-margin", claim, margin > required, required, confidence, tokens, "touched token of the prefix", assumptions, vacuous=required >= 1, facts=facts)
 
-# %% ../nbs/01_certificate.ipynb #7288bc01
+# %% ../nbs/01_certificate.ipynb #98ba2d17
 CLAIMS = {
-    "exact": "the share of {unit}s that {ticket} translates otherwise than the reference model{part}",
-    "share": "the mean share of sentences that {ticket} translates otherwise than the reference model{part}, averaged over {unit}s,",
-    "tokens": "the mean share of next tokens on which {ticket} and the reference model disagree",
-    "quality_difference": "the mean loss of {ticket} against the reference model in {unit} chrF{part}, 0.01 being one point,",
-    "quality_shortfall": "the mean shortfall of {ticket} against the reference model in {unit} chrF{part}, 0.01 being one point and gains not counted,",
-    "loss": "the mean loss of {ticket}",
+    "exact": "the share of sentences like these that {ticket} translates otherwise than the reference model{part}",
+    "share": "the share of sentences that {ticket} translates otherwise than the reference model{part}, on average over {unit}s like these,",
+    "tokens": "the share of positions of the reference model's own answer{part} at which {ticket} would write another next token, on average over {unit}s like these,",
+    "quality_difference": "what {ticket} loses against the reference model in sentence chrF{part}, on average over {unit}s like these and with 0.01 for one point,",
+    "quality_shortfall": "what {ticket} lacks against the reference model in sentence chrF{part}, gains not counted, on average over {unit}s like these and with 0.01 for one point,",
+    "loss": "the mean loss of {ticket}, on {unit}s like these,",
 }
 
 
@@ -145,7 +158,7 @@ class Losses:
 
     values: (n,) float64 in [0, 1]. kind: a key of `CLAIMS`; "quality_difference" holds (1 + loss)/2. extraction: which part of the continuation was compared ("" if that does not apply).
     unit: what one value stands for, "sentence" or "document". ids, hashes: of the units, in order. used: hashes of all sentences used to tune, rank or select. rows: the ticket's token ids.
-    prints: fingerprints of ticket, reference and model. vouched: True if the caller answers for all this.
+    made: where the ticket's rows come from, in words. prints: fingerprints of ticket, reference, model and data, and the settings of the translation. vouched: True if the caller answers for all this.
     Raises ValueError for no values, values that are NaN or outside [0, 1], and for a calibration sentence that was used before.
     """
 
@@ -157,6 +170,7 @@ class Losses:
     hashes: tuple[str, ...] = ()
     used: frozenset[str] = frozenset()
     rows: tuple[int, ...] = ()
+    made: str = ""
     prints: dict = field(default_factory=dict)
     vouched: bool = False
 
@@ -201,18 +215,20 @@ class Losses:
 
     def claim(self, ticket: str = "the ticket") -> str:
         "What the risk is, in words."
-        part = {"": "", "whole": " (whole continuation)", "first_line": " (first line)"}.get(self.extraction, f" ({self.extraction})")
-        return CLAIMS[self.kind].format(unit=self.unit, ticket=ticket, part=part)
+        most = self.prints.get("max_new_tokens")
+        parts = [*([self.extraction.replace("_", " ").replace("whole", "whole continuation")] if self.extraction else []), *([f"at most {most} tokens"] if most else [])]
+        return CLAIMS[self.kind].format(unit=self.unit, ticket=ticket + (f" ({self.made})" if self.made else ""), part=f" ({', '.join(parts)})" if parts else "")
 
     @property
     def assumptions(self) -> tuple[str, ...]:
         "What must be true for a certificate on these losses."
         n, repeats = len(self.values), len(self.values) - len(set(self.hashes or self.ids or range(len(self.values))))
         return (
-            f"the {n} {self.unit}s are independent draws from those that the claim is about",
-            "the caller is right that none of them was used to tune, rank or select anything (the losses came without provenance)"
+            f"the {n} {self.unit}s are independent draws from one source, and the claim is about that source",
+            "the caller is right that none of them was used to tune, rank or select anything" + ("" if self.hashes else " (the losses came without provenance)")
             if self.vouched
             else f"the {len(self.used)} sentences recorded with the ticket are all that were used to tune, rank or select it",
+            "nothing was decided by looking at these losses before, and no other certificate was made from them (or delta was shared)",
             *([f"{repeats} repeated {self.unit}s were drawn independently, too"] if repeats else []),
         )
 
@@ -225,7 +241,7 @@ def _provenance(losses, vouched):
         raise ValueError("these losses are bare numbers without provenance: compute them with kslottery.losses, or pass vouched=True if you answer for their independence")
     return Losses(losses, vouched=True)
 
-# %% ../nbs/01_certificate.ipynb #ff3033bb
+# %% ../nbs/01_certificate.ipynb #451687f3
 def binomial_pvalue(values, epsilon: float, delta: float = 0.05) -> float:
     "Exact p-value of the hypothesis that the risk is at least epsilon, for n losses of 0 or 1. Raises ValueError for others. `delta` is not used."
     from scipy.stats import binom
@@ -248,12 +264,13 @@ def hoeffding_bentkus_pvalue(values, epsilon: float, delta: float = 0.05) -> flo
 
 
 def betting_pvalue(values, epsilon: float, delta: float = 0.05) -> float:
-    """A valid p-value of the hypothesis that the risk is at least epsilon, for n losses in [0, 1] in the order of their draw.
+    """A valid p-value of the hypothesis that the risk is at least epsilon, for n losses in [0, 1], which are shuffled first (by a fixed seed): the order of a file must not matter.
 
     1 / (the largest wealth of a gambler who bets on small losses). The stakes are those of Waudby-Smith and Ramdas (2024, section 4.2), tuned to reach 1/delta; valid for every delta.
-    Where small losses come first and large ones last, the bound may lie below the observed mean: it is valid all the same, over the draw of the order.
+    Where by chance small losses come first and large ones last, the bound may lie below the observed mean: it is valid all the same.
     """
     x = np.asarray(values, dtype=np.float64)
+    x = x[np.random.default_rng(0).permutation(len(x))]
     n, t = len(x), np.arange(1, len(x) + 1)
     mean = (0.5 + np.cumsum(x)) / (t + 1)
     variance = (0.25 + np.cumsum((x - mean) ** 2)) / (t + 1)
@@ -276,9 +293,10 @@ def risk_bound(values, delta: float, method: str = "clopper-pearson") -> float:
     """An upper bound of the risk, from n independent losses.
 
     With probability at least 1 - delta over the draw of the losses, their expectation is at most this number: the smallest epsilon in [0, 1] whose p-value by `method` is at most delta.
-    values: (n,) in [0, 1], in the order of their draw; "clopper-pearson" takes 0 and 1 only. Raises ValueError for an unknown method or unfit losses.
+    values: (n,) in [0, 1]; "clopper-pearson" takes 0 and 1 only. Raises ValueError for an unknown method, unfit losses, or delta outside (0, 1).
     """
-    pvalue = _pvalue_of(method)
+    pvalue, values = _pvalue_of(method), Losses(values, vouched=True).values
+    _inside("delta", delta)
     if method == "clopper-pearson":
         pvalue(values, 0.5)  # refuses what is not 0 or 1
         return _limit(np.sum(values), len(values), delta, "upper")
@@ -288,13 +306,13 @@ def risk_bound(values, delta: float, method: str = "clopper-pearson") -> float:
         low, high = (low, middle) if pvalue(values, middle, delta) <= delta else (middle, high)
     return high
 
-# %% ../nbs/01_certificate.ipynb #3cd6128a
+# %% ../nbs/01_certificate.ipynb #93ae2933
 def certify_agreement(losses, delta: float, method: str = "clopper-pearson", epsilon: float | None = None, vouched: bool = False) -> Certificate:
     """How far may the model with the ticket be from the reference model?
 
     With probability at least 1 - delta over the draw of the calibration units, the risk (the expected loss of a new unit) is at most `bound`.
 
-    losses: `Losses`, or n bare numbers in [0, 1] with vouched=True. method: "clopper-pearson" (losses of 0 or 1), "hoeffding-bentkus" or "betting" (any, in the order of their draw).
+    losses: `Losses`, or n bare numbers in [0, 1] with vouched=True. method: "clopper-pearson" (losses of 0 or 1), "hoeffding-bentkus" or "betting" (any).
     epsilon: the tolerance asked for, if any; the certificate then holds only if `bound` is at most epsilon. Without it, it holds unless the bound is vacuous (1 or more).
     For "quality_difference", bound and epsilon are differences from -1 to 1. Raises ValueError for delta outside (0, 1), epsilon outside it, bad losses or a method that does not fit them.
     Source: Clopper and Pearson 1934; Bates et al. 2021; Waudby-Smith and Ramdas 2024.
@@ -303,20 +321,33 @@ def certify_agreement(losses, delta: float, method: str = "clopper-pearson", eps
     bound = losses.natural(risk_bound(losses.values, delta, method))
     holds = bound < 1 if epsilon is None else bound <= _inside("epsilon", epsilon)
     n = len(losses.values)
-    limit = _up(bound) if holds or epsilon is None else f"{epsilon:g}; these losses support no better bound than {_up(bound)}"
-    claim = f"With probability at least {1 - delta:g} over the draw of {n} calibration {losses.unit}s, {losses.claim()} is at most {limit}."
+    limit = _up(bound) if holds or epsilon is None else f"{epsilon!r}; these losses support no better bound than {_up(bound)}"
+    claim = f"With probability at least {_sure(delta)} over the draw of {n} calibration {losses.unit}s, {losses.claim()} is at most {limit}."
     facts = {
         "method": method, "delta": delta, "epsilon": epsilon, "loss": losses.kind, "extraction": losses.extraction,
         "observed": losses.natural(float(losses.values.mean())), "rows": list(losses.rows), "fingerprints": losses.prints,
     }  # fmt: skip
     return Certificate(
-        "agreement", claim, bool(holds), bound, 1 - delta, n, losses.unit, losses.assumptions, vacuous=bound >= 1, size=len(losses.rows) or None, facts=facts
+        "agreement", claim, bool(holds), bound, 1 - delta, n, losses.unit, losses.assumptions, vacuous=bound >= 1, size=None if losses.vouched and not losses.rows else len(losses.rows), facts=facts
     )
 
-# %% ../nbs/01_certificate.ipynb #be5f7cf5
-def sentences_needed(epsilon: float, delta: float) -> int:
-    "The least number of calibration units with which a perfect record certifies a risk of at most epsilon at confidence 1 - delta: ceil(ln delta / ln(1 - epsilon))."
-    return math.ceil(math.log(_inside("delta", delta)) / math.log1p(-_inside("epsilon", epsilon)))
+# %% ../nbs/01_certificate.ipynb #f9434222
+def sentences_needed(epsilon: float, delta: float, method: str = "clopper-pearson", perfect: float = 0.0) -> int:
+    """The least number of calibration units with which a ticket that equals the reference certifies a risk of at most epsilon at confidence 1 - delta.
+
+    For 0/1 losses it is ceil(ln delta / ln(1 - epsilon)). perfect: the loss of such a ticket, 0.5 for "quality_difference" (with epsilon on the same scale). Raises ValueError for levels outside (0, 1).
+    """
+    _inside("delta", delta), _inside("epsilon", epsilon)
+    enough = lambda n: _pvalue_of(method)(np.full(n, perfect), epsilon, delta) <= delta * (1 + 1e-12)
+    low, high = 0, 1
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > 10**7:
+            raise ValueError(f"no number of sentences certifies {epsilon} for a loss that is {perfect} at best: tolerate more")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def _ladder(losses_by_ticket, vouched):
@@ -324,13 +355,14 @@ def _ladder(losses_by_ticket, vouched):
     before = None
     for size in sorted(losses_by_ticket, reverse=True):
         losses = _provenance(losses_by_ticket[size], vouched)
-        if losses.rows and len(losses.rows) != size:
+        if len(losses.rows) != size and (losses.rows or not losses.vouched):
             raise ValueError(f"the ticket of size {size} has {len(losses.rows)} rows: name each ticket by its number of rows")
         if before is not None:
-            if len(losses.values) != len(before.values) or (losses.ids, losses.hashes, losses.kind, losses.extraction) != (before.ids, before.hashes, before.kind, before.extraction):
-                raise ValueError(f"the losses at size {size} are not of the same sentences, in the same order and of the same kind, as those of the larger ticket: compute them together")
-            if losses.prints.get("reference") != before.prints.get("reference"):
-                raise ValueError(f"the losses at size {size} were taken against another reference model than those of the larger ticket: compute them together")
+            same = ("ids", "hashes", "kind", "extraction", "unit", "vouched", "used", "made")
+            if len(losses.values) != len(before.values) or any(getattr(losses, name) != getattr(before, name) for name in same):
+                raise ValueError(f"the losses at size {size} are not of the same sentences, in the same order, of the same kind and provenance, as those of the larger ticket: compute them together")
+            if any(losses.prints.get(name) != before.prints.get(name) for name in ("reference", "model", "max_new_tokens", "template")):
+                raise ValueError(f"the losses at size {size} were taken against another reference model, or in another way, than those of the larger ticket: compute them together")
             outside = sorted(set(losses.rows) - set(before.rows)) if losses.rows and before.rows else []
             if outside:
                 raise ValueError(f"the tickets are not nested: row {outside[0]} is in the ticket of size {size} and not in the larger one; build all from one ranking")
@@ -345,7 +377,8 @@ def certify_tickets(losses_by_ticket: Mapping, epsilon: float, delta: float, met
 
     losses_by_ticket: ticket size -> `Losses` of the same units (or bare numbers with vouched=True). The tickets are tested from the largest down, each at level delta, until the first that fails;
     a lazy mapping is asked only for those. method: as for `certify_agreement`; by default the exact binomial test for losses that are 0 or 1 (by their kind; bare numbers are all looked at), else "betting".
-    epsilon: the tolerated risk (for "quality_difference" a difference from -1 to 1). To compare two rankings on the same sentences, give each delta/2.
+    epsilon: the tolerated risk (for "quality_difference" a difference from -1 to 1). One set of sentences is good for one plan, written down before: to compare two rankings on the same sentences, or to
+    make two certificates from them, give each delta/2.
     Raises ValueError for epsilon or delta outside (0, 1), no tickets, tickets that are not nested, losses that are not aligned, and whatever `Losses` refuses.
     Source: Angelopoulos et al. 2021 (Learn then Test), fixed-sequence testing.
     """
@@ -367,12 +400,11 @@ def certify_tickets(losses_by_ticket: Mapping, epsilon: float, delta: float, met
             break
         chosen, last = int(size), losses
     last = losses if chosen is None else last
-    n, needed = len(last.values), sentences_needed(last.on_unit_scale(epsilon), delta)
-    what = f"the ticket of {chosen} rows" if chosen is not None else f"the largest ticket ({path[0]['size']} rows)"
-    claim = f"With probability at least {1 - delta:g} over the draw of {n} calibration {last.unit}s, {last.claim(what)} is at most {epsilon:g}."
+    n, needed = len(last.values), sentences_needed(last.on_unit_scale(epsilon), delta, method, last.on_unit_scale(0.0))
+    what = f"the ticket of {_rows(chosen)}" if chosen is not None else f"the largest ticket of the ladder, of {_rows(path[0]['size'])},"
+    claim = f"With probability at least {_sure(delta)} over the draw of {n} calibration {last.unit}s, {last.claim(what)} is at most {epsilon!r}."
     if n < needed:
-        claim += f" There are too few {last.unit}s: with {n} not even a perfect record would be enough, at least {needed} are needed."
+        claim += f" There are too few {last.unit}s: with {n} not even a ticket that equals the reference could be certified, at least {needed} are needed."
     assumptions = (*last.assumptions, "the ladder of tickets and epsilon were fixed before these losses were looked at", *(["no loss can be other than 0 or 1"] if last.kind == "loss" and method == "clopper-pearson" else []))
     facts = {"method": method, "delta": delta, "epsilon": epsilon, "loss": last.kind, "extraction": last.extraction, "needed": needed, "rows": list(last.rows), "fingerprints": last.prints}
-    bound = next((step["bound"] for step in reversed(path) if step["certified"]), None)
-    return Certificate("ticket", claim, chosen is not None, bound, 1 - delta, n, last.unit, assumptions, size=chosen, path=tuple(path), facts=facts)
+    return Certificate("ticket", claim, chosen is not None, None if chosen is None else epsilon, 1 - delta, n, last.unit, assumptions, size=chosen, path=tuple(path), facts=facts)

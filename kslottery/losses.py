@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['text_loss', 'Calibration', 'ladder_sizes', 'certify_ticket', 'tuned_anew']
 
-# %% ../nbs/07b_losses.ipynb #6e4f1f03
+# %% ../nbs/07b_losses.ipynb #ed480f33
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .certificate import CLAIMS, Certificate, Losses, certify_agreement, certify_tickets
 from .core import fingerprint, progress_bar
-from .data import Example, Pair, Template, collate, encode_all
+from .data import Example, Pair, Template, collate, encode_all, get_template
 from .evaluation import EXTRACTIONS, Translation, translate
 from .rows import TunedRows, input_embedding
 from .tuning import partial_tune
@@ -55,17 +55,18 @@ def _next_tokens(model, examples, answers, pad, rows, batch_size, bar):
             bar.update(len(part))
     return result
 
-# %% ../nbs/07b_losses.ipynb #c4f78d09
+# %% ../nbs/07b_losses.ipynb #40e167cf
 class Calibration:
     """Calibration sentences with the reference model's answers, to take losses against.
 
     model, tokenizer: the base model. pairs: sentences that nothing was tuned, ranked or selected on. reference: `TunedRows` for the base model, or another model with the same tokenizer.
     template, languages: as for `kslottery.data.encode_all`. used: hashes of all sentences used before (`Ticket.sentences`); where they are not known, vouched=True says that you answer for it.
+    groups: the name of the document that each pair belongs to; documents are then the units, see `Losses.grouped`.
     Raises ValueError if one calibration sentence is among those used, or there are none, or nothing is known about those used.
     """
 
     def __init__(
-        self, model, tokenizer, pairs: list[Pair], reference, *, template, languages: str, used=(), vouched: bool = False, max_new_tokens: int = 256,
+        self, model, tokenizer, pairs: list[Pair], reference, *, template, languages: str, used=(), vouched: bool = False, groups=None, max_new_tokens: int = 256,
         batch_size: int = 16, progress: bool = True,
     ):  # fmt: skip
         self.model, self.tokenizer, self.pairs = model, tokenizer, list(pairs)
@@ -73,7 +74,9 @@ class Calibration:
         self.reference = (model, reference) if isinstance(reference, TunedRows) else (reference, None)
         prints = {"model": fingerprint(input_embedding(model).weight), "reference": self._print(self.reference), "data": fingerprint("\n".join(p.hash for p in self.pairs))}
         ids, hashes = tuple(p.id for p in self.pairs), tuple(p.hash for p in self.pairs)
+        prints |= {"max_new_tokens": max_new_tokens, "template": get_template(template).text, "languages": languages, "dtype": str(model.dtype).removeprefix("torch.")}
         self._empty = Losses(np.zeros(len(ids)), "exact", ids=ids, hashes=hashes, used=frozenset(used), prints=prints, vouched=vouched)  # refuses overlap
+        self.groups = None if groups is None else self._empty.grouped(groups) and list(groups)
         self.examples = encode_all(tokenizer, template, self.pairs, languages)
         self._answers, self._tokens = {}, {}
 
@@ -103,9 +106,10 @@ class Calibration:
                 self._tokens[key] = _next_tokens(arm[0], self.examples, answers, self.tokenizer.pad_token_id, arm[1], self.options["batch_size"], bar)
         return self._tokens[key]
 
-    def losses(self, rows: TunedRows, kind: str = "exact", extraction: str = "first_line") -> Losses:
-        """The losses of the model with `rows` against the reference, one for each calibration sentence, with their provenance.
+    def losses(self, rows: TunedRows, kind: str = "exact", extraction: str = "first_line", made: str = "") -> Losses:
+        """The losses of the model with `rows` against the reference, one for each calibration sentence (or document), with their provenance.
 
+        made: where the rows come from, in words for the claim.
         kind: "exact", "tokens", "quality_difference" or "quality_shortfall". extraction: "whole" or "first_line", the part of the continuation that is compared ("tokens" compares all of it).
         Raises ValueError for an unknown kind or extraction.
         """
@@ -121,9 +125,10 @@ class Calibration:
             values = [text_loss(kind, cut(a.text), cut(b.text), cut(pair.target)) for a, b, pair in texts]
         prints = {**self._empty.prints, "ticket": self._print((self.model, rows))}
         part = "" if kind == "tokens" else extraction
-        return replace(self._empty, values=np.array(values), kind=kind, extraction=part, rows=tuple(rows.ids.tolist()), prints=prints)
+        found = replace(self._empty, values=np.array(values), kind=kind, extraction=part, rows=tuple(rows.ids.tolist()), made=made, prints=prints)
+        return found if self.groups is None else found.grouped(self.groups)
 
-    def ladder(self, ranking, sizes, rows_of: Callable[[np.ndarray], TunedRows], kind: str = "exact", extraction: str = "first_line") -> Mapping:
+    def ladder(self, ranking, sizes, rows_of: Callable[[np.ndarray], TunedRows], kind: str = "exact", extraction: str = "first_line", made: str = "") -> Mapping:
         """Ticket size -> losses of the first so many rows of a ranking, each computed when it is asked for: what `certify_tickets` takes.
 
         ranking: token ids, best first, ranked without the calibration sentences. rows_of: how a ticket gets its rows, `embed_rows.restrict` for Partial Transfer.
@@ -132,7 +137,7 @@ class Calibration:
         ranking = np.asarray(ranking)
         if max(sizes, default=0) > len(ranking) or min(sizes, default=0) < 0:
             raise ValueError(f"ticket sizes are {sorted(sizes)}: they must lie between 0 and the {len(ranking)} rows that are ranked")
-        return _Lazy({int(k): lambda k=k: self.losses(rows_of(ranking[:k]), kind, extraction) for k in sizes})
+        return _Lazy({int(k): lambda k=k: self.losses(rows_of(ranking[:k]), kind, extraction, made) for k in sizes})
 
 
 class _Lazy(Mapping):
@@ -158,10 +163,10 @@ def ladder_sizes(most: int, *also: int, factor: int = 2) -> list[int]:
     powers = [factor**i for i in range(int(most).bit_length()) if factor**i <= most]
     return sorted({0, *powers, int(most), *(int(k) for k in also if 0 < k <= most)})
 
-# %% ../nbs/07b_losses.ipynb #49d9bfed
+# %% ../nbs/07b_losses.ipynb #18d806ab
 def certify_ticket(
     model, tokenizer, ticket, pairs: list[Pair], epsilon: float, delta: float = 0.05, *, loss: str = "quality_difference", ladder: bool = True, sizes=None, reference=None,
-    rows_of=None, template=None, languages: str | None = None, vouched: bool = False, max_new_tokens: int = 256, batch_size: int = 16, progress: bool = True,
+    rows_of=None, template=None, languages: str | None = None, vouched: bool = False, groups=None, max_new_tokens: int = 256, batch_size: int = 16, progress: bool = True,
 ) -> list[Certificate]:  # fmt: skip
     """Certificates for a `kslottery.ticket.Ticket`, from calibration pairs; of its ladder, or (ladder=False) of its own rows only.
 
@@ -169,9 +174,12 @@ def certify_ticket(
 
     epsilon: the tolerated loss, on the scale of `certify_tickets`. loss: a kind of `Calibration.losses`. sizes: of the ladder (default: `ladder_sizes`). reference: another model than Embed Tuning's rows.
     rows_of: how a ticket of the ladder gets its rows from its ids (default: out of the Embed-Tuned rows, or the reference's; `tuned_anew` tunes them). template, languages: default to the ticket's.
+    groups: as for `Calibration`. A certificate from sentences that served the ticket before says so among its assumptions.
     Raises ValueError for another model's ticket, a ticket without Embed-Tuned rows if no reference is given, and whatever `Calibration` and `certify_tickets` refuse.
     """
     ticket.check(model, tokenizer)
+    if not ladder and ticket.rows is None:
+        raise ValueError("the ticket has no tuned rows of its own to be certified: certify a ladder")
     if ticket.embed_rows is None and reference is None:
         raise ValueError("the ticket holds no Embed-Tuned rows to be compared with: give the tuned checkpoint as reference (--reference)")
     if ticket.embed_rows is not None:
@@ -180,18 +188,23 @@ def certify_ticket(
         known, transferred = np.flatnonzero(ticket.scan.statistic > 0), lambda ids: TunedRows.of(reference, ids)
     prompt, options = _prompt_of(ticket, template, languages), dict(max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     answers = ticket.embed_rows if reference is None else reference
-    calibration = Calibration(model, tokenizer, pairs, answers, used=ticket.sentences, vouched=vouched, **prompt, **options)
+    calibration = Calibration(model, tokenizer, pairs, answers, used=ticket.sentences, vouched=vouched, groups=groups, **prompt, **options)
+    data = calibration._empty.prints["data"]
+    earlier = sum(c.facts.get("fingerprints", {}).get("data") == data for c in ticket.certificates)
+    repeated = f"these sentences have served {earlier} certificates of this ticket before: all hold at once only with probability 1 - the sum of their deltas"
     extractions = ("whole",) if loss == "tokens" else ("whole", "first_line")
     part, result = delta / len(extractions), []
     if not ladder:
-        method = "clopper-pearson" if loss == "exact" else "betting"
-        return [certify_agreement(calibration.losses(ticket.rows, loss, e), part, method, epsilon) for e in extractions]
+        method = "clopper-pearson" if loss == "exact" and groups is None else "betting"
+        result = [certify_agreement(calibration.losses(ticket.rows, loss, e, "its own rows"), part, method, epsilon) for e in extractions]
+        return [replace(c, assumptions=(*c.assumptions, *[repeated][: bool(earlier)])) for c in result]
     ranking = ticket.scan.top(len(ticket.scan.statistic)) if ticket.scan is not None else ticket.ids
     ranking = ranking[np.isin(ranking, known)]
     for extraction in extractions:
-        rungs = calibration.ladder(ranking, sizes or ladder_sizes(len(ranking), len(ticket.ids)), rows_of or transferred, loss, extraction)
+        steps = ladder_sizes(len(ranking), len(ticket.ids)) if sizes is None else sizes
+        rungs = calibration.ladder(ranking, steps, rows_of or transferred, loss, extraction, "its rows tuned anew" if rows_of else "its rows taken over from the reference model")
         result.append(certify_tickets(rungs, epsilon, part))
-    return result
+    return [replace(c, assumptions=(*c.assumptions, *[repeated][: bool(earlier)])) for c in result]
 
 
 def _prompt_of(ticket, template=None, languages=None):

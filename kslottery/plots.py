@@ -98,7 +98,7 @@ def plot_systems(systems: dict[str, dict], metric: str = "bleu", ax=None):
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14 - 0.02 * (12 - len(systems))), ncols=2, frameon=False)
     return ax
 
-# %% ../nbs/09_plots.ipynb #a7e6803f
+# %% ../nbs/09_plots.ipynb #c1cd1cdd
 def plot_path(certificate, ax=None):
     "Observed risk and its upper bound against ticket size, the tolerance drawn, the certified size ringed. certificate: from `kslottery.certificate.certify_tickets`. Returns the axes."
     import matplotlib.pyplot as plt
@@ -107,11 +107,11 @@ def plot_path(certificate, ax=None):
     sizes, risks, bounds = ([step[name] for step in certificate.path] for name in ("size", "risk", "bound"))
     ax.vlines(sizes, risks, bounds, color="C0", lw=2)
     ax.plot(sizes, risks, "o", color="C0", ms=4, label="observed loss")
-    ax.plot(sizes, bounds, "_", color="C0", ms=9, mew=2, label="upper bound")
+    ax.plot(sizes, bounds, "_", color="C0", ms=9, mew=2, label="upper bound, each alone")
     epsilon = certificate.facts["epsilon"]
     ax.axhline(epsilon, color="C3", lw=1, ls="--", label=f"tolerance {epsilon:g}")
     if certificate.size is not None:
-        ax.plot(certificate.size, certificate.bound, "o", ms=12, mfc="none", mec="C2", mew=2, label=f"certified: {certificate.size} row{'s' * (certificate.size != 1)}")
+        ax.plot(certificate.size, bounds[sizes.index(certificate.size)], "o", ms=12, mfc="none", mec="C2", mew=2, label=f"certified: {certificate.size} row{'s' * (certificate.size != 1)}")
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks(sizes, [str(k) for k in sizes], rotation=60, fontsize=7)
     ax.minorticks_off()

@@ -20,7 +20,7 @@ from .core import fingerprint, whole_folder, write_json, write_text
 from .ks import Scan
 from .rows import TunedRows, input_embedding, is_tied
 
-# %% ../nbs/05_ticket.ipynb #06ead781
+# %% ../nbs/05_ticket.ipynb #db1f0268
 SCHEMA = 1
 
 
@@ -286,7 +286,10 @@ class Ticket:
         yield "\n## Scores, controls and verdict\n\n" + (self.audit["report"] if self.audit else "Not audited.")
         for name in figures:
             yield f"\n![{name.removesuffix('.png')}]({name})"
-        yield "\n## Certificates\n\n" + ("\n".join(f"```text\n{c}\n```\n" for c in self.certificates) or "None.\n")
+        yield "\n## Certificates\n"
+        if self.certificates:
+            yield "Each says which rows it is about. The adapter in this folder holds the ticket's own rows, as they were tuned; a certificate about rows taken over from another model does not speak of them.\n"
+        yield ("\n".join(f"```text\n{c}\n```\n" for c in self.certificates) or "None.\n")
         yield f"## Licence and citation\n\nLicence: {info.get('license') or 'none stated; that of the base model applies to what is derived from it'}.\n"
         yield "Method: Yuan et al., KS-Lottery, NAACL 2025 ([arXiv 2402.02801](https://arxiv.org/abs/2402.02801)). Made with kslottery " + f"{info['versions'].get('kslottery', '')}."
 
