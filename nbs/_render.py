@@ -209,7 +209,10 @@ class Page:
     def _code(self, cell, source, heading, number, links):
         "A code cell: what was written, folded if asked for, and what it gave."
         lines = source.split("\n")
-        options = yaml.safe_load("\n".join(line[2:].strip() for line in lines if line.startswith("#|") and ":" in line)) or {}
+        try:
+            options = yaml.safe_load("\n".join(line[2:].strip() for line in lines if line.startswith("#|") and ":" in line)) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{self.path}, under {heading!r}: a #| line is no YAML ({error.problem}): put its text in quotes") from None
         source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
         if options.get("include") is False:
             return

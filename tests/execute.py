@@ -11,6 +11,7 @@ import papermill
 
 root = Path(__file__).resolve().parent.parent
 notebooks = [Path(n).resolve() for n in sys.argv[1:]] or sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # how-to pages call kslottery from a shell
 os.environ["KSLOTTERY_PROGRESS"] = os.devnull  # bars do not belong into stored outputs
 for notebook in notebooks:
     print(notebook.relative_to(root), flush=True)

@@ -221,6 +221,13 @@ def test_options_of_cells(render, tmp_path, monkeypatch):
     assert list(page.figures) == ["d/a_files/figure-1.png", "d/a_files/figure-2.png"] and page.without_alt == [(7, "A heading")]
 
 
+def test_an_option_that_is_no_yaml_is_refused(render, tmp_path, monkeypatch):
+    monkeypatch.setattr(render, "PROCESSED", tmp_path)
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "source": "#| fig-alt: a: b\nplot()", "outputs": []}]}))
+    with pytest.raises(ValueError, match="a.ipynb.* put its text in quotes"):
+        render.Page(tmp_path / "a.ipynb").markdown(lambda page, target: target)
+
+
 def test_a_sidebar_with_an_unknown_page_is_refused(render):
     with pytest.raises(ValueError, match="nowhere.ipynb, which is not in nbs/"):
         list(render.navigation(["nowhere.ipynb"], {}))

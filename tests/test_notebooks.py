@@ -1,12 +1,20 @@
 """Every notebook by papermill, with parameters, at its fast size; the asserts in its cells are the tests."""
 
 import os
+import sys
+from pathlib import Path
 
 import papermill
 import pytest
 
 from conftest import ROOT
 from test_library import NOTEBOOKS
+
+
+@pytest.fixture(autouse=True)
+def commands(monkeypatch):
+    "How-to pages call `kslottery` from a shell."
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem != "quickstart"], ids=lambda n: n.stem)  # test_quickstart runs that one
