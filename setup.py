@@ -26,7 +26,7 @@ setup(
     package_data={"kslottery": ["*.json", "*.j2"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"run": run, "dev": run + cfg["dev_requirements"].split()},
+    extras_require={"run": run, "spbleu": cfg["spbleu_requirements"].split(), "dev": run + cfg["dev_requirements"].split()},
     entry_points={"console_scripts": ["kslottery=kslottery.cli:main"], "nbdev": ["kslottery=kslottery._modidx:d"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAIL', 'CHANNELS', 'ROWS', 'THRESHOLDS', 'split_template', 'opportunity', 'Arm', 'count_matched', 'plan_arms',
-           'Check', 'judge', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket']
+           'Check', 'judge', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket', 'overlap']
 
 # %% ../nbs/08b_audit.ipynb #acf13ddc
 import json
@@ -141,8 +141,10 @@ def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool 
     arms += [] if fast else [Arm("frozen_ticket", "ticket frozen, all other rows tuned", rest[1], "embed_tuned", seed=seed)]
     return [a for a in arms if (a.rows != "embed" or ticket.embed_rows is not None) and (a.rows not in _RATES or train and ticket.info.get("settings")) and (a.ids or a.name == "base")]
 
-# %% ../nbs/08b_audit.ipynb #90f00c26
-THRESHOLDS = {"gain": 1.0, "stopping": 0.5, "outside": 0.5, "controls": 0.5, "noise": 0.5, "one_row": 0.8, "necessary": 0.5, "ranking": 0.5}
+# %% ../nbs/08b_audit.ipynb #d581d6bd
+THRESHOLDS = {
+    "gain": 1.0, "stopping": 0.5, "outside": 0.5, "controls": 0.5, "noise": 0.5, "one_row": 0.8, "selection": 0.8, "necessary": 0.5, "replaceable": 0.5, "ranking": 0.5
+}  # fmt: skip
 
 
 class Check(NamedTuple):
@@ -167,15 +169,19 @@ def judge(value: Interval | None, threshold: float, want: str) -> str:
 
 def _percent(value):
     "A share with its interval, in words."
-    return "an unknown share" if value is None or value.value is None else f"{value.value:.0%} ({value.low:.0%} to {value.high:.0%})"
+    if value is None or value.value is None:
+        return "an unknown share"
+    return "{:.0%} ({:.0%} to {:.0%})".format(*(round(x, 2) + 0.0 for x in value))  # + 0.0: no minus zero
 
-# %% ../nbs/08b_audit.ipynb #627a261b
+# %% ../nbs/08b_audit.ipynb #75cf3907
 _CHECKS = (
     ("outside", "Do the rows act outside the template?", ("only_sentences",), "above", True, "read only in the sentences and never in the template, the rows recover {} of the gain"),
     ("controls", "Do other rows do the same?", ("random_rows", "count_matched_rows"), "below", True, "as many words tuned instead ({arm}) recover {}"),
     ("noise", "Does any change of these rows do the same?", ("noise", "flipped"), "below", True, "{arm} in the same rows recovers {}"),
     ("one_row", "Does one row do the same?", ("one_row_*",), "below", False, "one row alone ({arm}) recovers {}"),
-    ("necessary", "Is the ticket missed when it is left out?", ("all_but_ticket", "frozen_ticket"), "below", False, "without the ticket ({arm}) Embed Tuning keeps {} of its gain"),
+    ("selection", "Do other rows of the prompt do the same?", ("template_rows", "frequent_rows"), "below", False, "as many {arm} recover {}"),
+    ("necessary", "Is the ticket missed in the tuned model?", ("all_but_ticket",), "below", False, "with the ticket's rows put back, Embed Tuning keeps {} of its gain"),
+    ("replaceable", "Is the ticket missed in tuning?", ("frozen_ticket",), "below", False, "with the ticket frozen and all other rows tuned, Embed Tuning keeps {} of its gain"),
 )
 
 
@@ -210,7 +216,7 @@ def null_overlap(model, ticket: Ticket, draws: int = 5, seed: int = 0) -> Interv
     shares = [np.isin(ticket.ids, rows.ids.numpy()[equal_move_null(before, after, seed + n).top(min(len(ticket.ids), len(rows)))]).mean() for n in range(draws)]
     return Interval(float(np.mean(shares)), float(min(shares)), float(max(shares)))
 
-# %% ../nbs/08b_audit.ipynb #648056e2
+# %% ../nbs/08b_audit.ipynb #f6bbe2b4
 @dataclass
 class Audit:
     """What an audit found.
@@ -249,7 +255,7 @@ class Audit:
         for a in self.arms:
             s, occur = self.scores[a.name], self.facts["arms"][a.name]["median_count"]
             r = self.recoveries.get(a.name)
-            shown = "" if r is None else "cannot tell" if r.value is None else f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"
+            shown = "" if r is None else "cannot tell" if r.value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*(round(x, 2) + 0.0 for x in r))
             lines.append(
                 f"| {escape(a.label)} | {len(a.ids)} | {occur} | {a.channel if a.ids else ''} | {s['whole']['bleu']:.1f} | {s['first_line']['bleu']:.1f} | {s['eos_rate']:.0%} | {shown} |"
             )
@@ -266,7 +272,7 @@ class Audit:
         names, edges = [], (-0.25, 1.5)
         for y, a in enumerate(shown):
             r = self.recoveries[a.name]
-            names.append(a.label.replace("$", r"\$"))
+            names.append(a.label.replace("$", r"\$") + (" (of Embed Tuning's gain)" if a.against == "embed_tuning" else ""))
             if a.name == "ticket" and share is not None:
                 ax.barh(y, 1 - np.clip(share, 0, 1), color="C0", label="content", height=0.6)
                 ax.barh(y, np.clip(share, 0, 1), left=1 - np.clip(share, 0, 1), color="C1", label="stopping", height=0.6)
@@ -433,3 +439,16 @@ def _write(audit, out):
     os.replace(out / ".audit.png", out / "audit.png")
     write_text(out / "audit.md", audit.table())
     write_json(out / "audit.json", audit.as_dict())
+
+# %% ../nbs/08b_audit.ipynb #8f7270cc
+def overlap(a, b, k: int) -> dict[str, float]:
+    """How much two scans of the same vocabulary agree: {"jaccard" of their best k rows, "rank_correlation" (Spearman) of the statistics over the rows that moved in either}.
+
+    Raises ValueError for scans of different vocabularies.
+    """
+    from scipy.stats import spearmanr
+
+    if len(a.statistic) != len(b.statistic):
+        raise ValueError(f"the scans have {len(a.statistic)} and {len(b.statistic)} rows: compare tickets of one model")
+    moved = (a.statistic > 0) | (b.statistic > 0)
+    return {"jaccard": jaccard(a.top(k), b.top(k)), "rank_correlation": float(spearmanr(a.statistic[moved], b.statistic[moved]).statistic)}

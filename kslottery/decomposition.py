@@ -13,7 +13,7 @@ import numpy as np
 
 from .evaluation import Translation, get_extraction, get_metric, score_statistics, sentence_statistics
 
-# %% ../nbs/08_decomposition.ipynb #74f89898
+# %% ../nbs/08_decomposition.ipynb #bf6d8278
 class Interval(NamedTuple):
     "An estimate and its bootstrap interval; all three are None where the sentences cannot tell."
 
@@ -131,7 +131,7 @@ def decompose(
 
     parts = (_interval(x, confidence) for x in (whole, content, whole - content))
     rules = "+".join(str(get_extraction(r)) for r in ("whole", "first_line"))
-    signature = f"{get_metric(metric, references).get_signature()}|rule:{rules}"
+    signature = f"{get_metric(metric, references[:1]).get_signature()}|rule:{rules}"
     return Decomposition(*parts, share, verdict, facts(0, base), facts(2, tuned), metric, signature, confidence, samples, seed, len(references))
 
 # %% ../nbs/08_decomposition.ipynb #4e00343f
@@ -165,7 +165,7 @@ def forced_stop(base: list[Translation], tuned: list[Translation], tokenizer) ->
         result.append(b)
     return result
 
-# %% ../nbs/08_decomposition.ipynb #8873d90f
+# %% ../nbs/08_decomposition.ipynb #2db8053f
 def plot_decomposition(parts: dict[str, Decomposition], ax=None):
     "One bar a system: its gain, split into stopping and content, with the interval of each part as a whisker. Returns the axes."
     import matplotlib.pyplot as plt
@@ -177,15 +177,16 @@ def plot_decomposition(parts: dict[str, Decomposition], ax=None):
             side = 1 if part.value >= 0 else -1
             start = ends[side]
             ax.barh(y, part.value, left=start, height=0.6, color=color, label=None if y else label)
-            ax.plot([start + part.low, start + part.high], [y + shift] * 2, color="0.15", lw=1.2, marker="|", ms=5)
+            if part.low < part.high:
+                ax.plot([start + part.low, start + part.high], [y + shift] * 2, color="0.15", lw=1.2, marker="|", ms=5)
             ends[side] += part.value
         text = d.verdict if d.share.value is None else f"{d.share.value:.0%} stopping"
-        ax.annotate(text, (max(ends[1], 0, d.whole.high), y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.annotate(text, (max(0, ends[1], ends[1] - d.content.value + d.content.high), y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
     ax.axvline(0, color="0.5", lw=0.8)
     name = next(iter(parts.values())).metric
     ax.set(xlabel=f"gain over the base, {name.upper() if name == 'bleu' else name}, whole continuation")
     ax.set_yticks(range(len(parts)), [k.replace("$", r"\$") for k in parts])
     ax.invert_yaxis()
-    ax.margins(x=0.18)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.margins(x=0.3)
+    ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncol=2, frameon=False)
     return ax

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['EXTRACTIONS', 'METRICS', 'RULES', 'Translation', 'translate', 'Extraction', 'whole', 'first_line', 'authors',
-           'prompt_fields', 'restart', 'get_extraction', 'spbleu', 'get_metric', 'score', 'signatures',
+           'prompt_fields', 'restart', 'get_extraction', 'spbleu', 'get_metric', 'score', 'signatures', 'comet',
            'sentence_statistics', 'score_statistics', 'sentence_scores', 'paired_bootstrap',
            'approximate_randomisation', 'accuracy', 'exact_match', 'loglikelihood', 'Choice', 'multiple_choice',
            'score_choices']
 
-# %% ../nbs/07_evaluation.ipynb #a5fe7066
+# %% ../nbs/07_evaluation.ipynb #380a530e
+import json
 import re
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .core import fingerprint, progress_bar
-from .data import Example, Pair, Template, collate, encode_all, get_template
+from .data import LANGUAGE_NAMES, TEMPLATES, Example, Pair, Template, collate, encode_all, get_template
 
 # %% ../nbs/07_evaluation.ipynb #dd21f822
 class Translation(NamedTuple):
@@ -71,7 +75,7 @@ def translate(
             bar.update(len(chosen))
     return results
 
-# %% ../nbs/07_evaluation.ipynb #a74f00dc
+# %% ../nbs/07_evaluation.ipynb #655c076f
 class Extraction(NamedTuple):
     "A rule that says which part of a continuation is scored: `rule(text)`. Its version goes up when its results change."
 
@@ -103,23 +107,28 @@ def authors(text: str) -> str:
 
 
 def prompt_fields(template: str | Template, languages: tuple[str, str] | None = None) -> list[str]:
-    """What begins a line of a prompt and tells that the prompt begins again: marks ("###"), names with a colon ("Input:"), and lines without a place ("Translate ... to Catalan.").
+    """What tells that a prompt begins again: of each line its mark ("###"), its name with a colon ("Input:"), or its first five words, if it is a sentence without a place.
 
     Raises ValueError if the template says the languages and there are none.
     """
     lines = "".join(text for text, _ in get_template(template).parts("\0", "\0", languages)).split("\n")
     found = [re.match(r"#+|[^\0:]{1,40}:|[^\0]+$", line.strip()) for line in lines]
-    return list(dict.fromkeys(m.group() for m in found if m))
+    return list(dict.fromkeys(" ".join(m.group().split()[:5]) for m in found if m))
+
+
+def _restart(name, fields):
+    again = re.compile(r"(?:^|\s)(?:" + "|".join(map(re.escape, fields)) + ")") if fields else None
+    return Extraction(name, 1, lambda text: whole(again.split(text, maxsplit=1)[0] if again else text))
 
 
 def restart(template: str | Template, languages: tuple[str, str] | None = None) -> Extraction:
     "The rule that cuts a continuation where it starts a field of this template again, at the start of a line or after a space; what is left goes on one line."
-    fields = prompt_fields(template, languages)
-    again = re.compile(r"(?:^|\s)(?:" + "|".join(map(re.escape, fields)) + ")") if fields else None
-    return Extraction("restart", 1, lambda text: whole(again.split(text, maxsplit=1)[0] if again else text))
+    return _restart(f"restart({get_template(template).name})", prompt_fields(template, languages))
 
 
-EXTRACTIONS = {r.name: r for r in (Extraction("whole", 1, whole), Extraction("first_line", 1, first_line), Extraction("authors", 1, authors), restart("alpaca", ("", "")))}
+_presets = [field for name in TEMPLATES for field in prompt_fields(name, ("", ""))] + [f"{language}:" for language in LANGUAGE_NAMES.values()]
+_rules = Extraction("whole", 1, whole), Extraction("first_line", 1, first_line), Extraction("authors", 1, authors), _restart("restart", _presets)
+EXTRACTIONS = {rule.name: rule for rule in _rules}
 
 
 def get_extraction(rule: str | Extraction) -> Extraction:
@@ -130,7 +139,7 @@ def get_extraction(rule: str | Extraction) -> Extraction:
         raise ValueError(f"extraction is {rule!r}: choose {', '.join(EXTRACTIONS)}")
     return EXTRACTIONS[rule]
 
-# %% ../nbs/07_evaluation.ipynb #f2911047
+# %% ../nbs/07_evaluation.ipynb #28612035
 class _Spm:
     "sacrebleu's SentencePiece tokenizer, with a model file that we know."
 
@@ -139,9 +148,6 @@ class _Spm:
 
         self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.name = f"{tokenizer}|spm:{fingerprint(path.read_bytes())[:12]}"
-
-    def signature(self):
-        return self.name
 
     def __call__(self, line):
         return " ".join(self.sp.encode_as_pieces(line))
@@ -178,7 +184,7 @@ def spbleu(references: list[list[str]] | None = None, tokenizer: str = "flores10
         metric.tokenizer = _Spm(tokenizer, known)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{known} is no SentencePiece model ({str(error)[:80]}): was the download cut short?") from error
-    metric.tokenizer_signature = metric.tokenizer.signature()
+    metric.tokenizer_signature = metric.tokenizer.name
     if references is not None:
         metric._ref_cache = metric._cache_references(references)
     return metric
@@ -205,16 +211,20 @@ METRICS = {
 }
 
 
+def _maker(name):
+    if name not in METRICS:
+        raise ValueError(f"metric is {name!r}: choose {', '.join(METRICS)}")
+    return METRICS[name]
+
+
 def get_metric(name: str, references: list[str] | None = None):
     """sacrebleu's metric of this name, ready to score against these references, or against those it is given later.
 
     Raises ValueError for a name that is not in `METRICS`, or as `spbleu` does.
     """
-    if name not in METRICS:
-        raise ValueError(f"metric is {name!r}: choose {', '.join(METRICS)}")
-    return METRICS[name]([references] if references is not None else None)
+    return _maker(name)([references] if references is not None else None)
 
-# %% ../nbs/07_evaluation.ipynb #8795b720
+# %% ../nbs/07_evaluation.ipynb #a2bdbdb7
 RULES = ("whole", "first_line")
 
 
@@ -246,19 +256,58 @@ def score(translations: list[Translation], references: list[str], *, rules=RULES
 
 def signatures(references: list[str], *, metrics=("bleu", "chrf")) -> dict[str, str]:
     "sacrebleu's signature of each metric, without a rule."
-    return {name: str(get_metric(name, references).get_signature()) for name in metrics}
+    return {name: str(get_metric(name, references[:1]).get_signature()) for name in metrics}
 
-# %% ../nbs/07_evaluation.ipynb #4885360f
+# %% ../nbs/07_evaluation.ipynb #a6e288f0
+def comet(
+    translations: list[Translation], references: list[str], sources: list[str], *, rule="whole", model: str = "Unbabel/wmt22-comet-da", command: str = "comet-score", gpus: int = 0
+) -> dict:
+    """Score translations by COMET's own command line: {"comet" (the mean), "sentences" (n floats), "signature"}.
+
+    sources: the texts that were translated; model: a COMET model's name or .ckpt file; command: the path of `comet-score` in COMET's own environment; gpus: 0 scores on the CPU.
+    Raises FileNotFoundError if there is no such command, RuntimeError if it fails, ValueError if the lists differ in length.
+    """
+    if shutil.which(command) is None:
+        raise FileNotFoundError(f"{command} is no command here: install unbabel-comet into an environment of its own and give the path of its comet-score")
+    texts = {"mt": _texts(translations, references, rule), "ref": references, "src": sources}
+    if len(sources) != len(references):
+        raise ValueError(f"{len(sources)} sources for {len(references)} references: each needs exactly one")
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in texts}
+        for name, lines in texts.items():
+            files[name].write_text("".join(whole(line) + "\n" for line in lines), encoding="utf-8")
+        out = Path(folder) / "scores.json"
+        arguments = ["-s", files["src"], "-t", files["mt"], "-r", files["ref"], "--model", model, "--gpus", str(gpus), "--to_json", out, "--quiet", "--only_system"]
+        ran = subprocess.run([command, *arguments], capture_output=True, text=True)
+        if ran.returncode or not out.is_file():
+            raise RuntimeError(f"{command} failed: {(ran.stderr.strip() or ran.stdout.strip() or 'it said nothing').splitlines()[-1][:200]}")
+        (scored,) = json.loads(out.read_text(encoding="utf-8")).values()
+    values = [float(s["COMET"]) for s in scored]
+    return {"comet": float(np.mean(values)), "sentences": values, "signature": f"model:{model}|rule:{get_extraction(rule)}"}
+
+# %% ../nbs/07_evaluation.ipynb #5dfad66a
+@lru_cache(maxsize=8)
+def _prepared(make, references):
+    return make([list(references)])
+
+
+@lru_cache(maxsize=64)  # an audit compares many arms with one base: its texts are counted once
+def _statistics(make, texts, references):
+    result = np.array(_prepared(make, references)._extract_corpus_statistics(texts, None), dtype=float)
+    result.flags.writeable = False
+    return result
+
+
 def sentence_statistics(translations: list[Translation], references: list[str], *, rule="whole", metric: str = "bleu") -> np.ndarray:
-    "What sacrebleu counts in each sentence, (n, s) float64: sums of rows go to `score_statistics`. Raises as `score` does."
+    "What sacrebleu counts in each sentence, (n, s) float64, not to be written to: sums of rows go to `score_statistics`. Raises as `score` does."
     texts = _texts(translations, references, rule)
-    return np.array(get_metric(metric, references)._extract_corpus_statistics(texts, None), dtype=float)
+    return _statistics(_maker(metric), tuple(texts), tuple(references))
 
 
 def score_statistics(sums: np.ndarray, metric: str = "bleu") -> np.ndarray:
     "The corpus scores, (m,), of m sums of sentence statistics, (m, s)."
     made = get_metric(metric)
-    return np.array([made._compute_score_from_stats(list(row)).score for row in sums])
+    return np.array([made._compute_score_from_stats(row).score for row in np.asarray(sums).tolist()])
 
 
 def sentence_scores(translations: list[Translation], references: list[str], *, rule="whole", metric: str = "bleu") -> np.ndarray:
