@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 0
 RUN ?= runs/quickstart
 
-.PHONY: help setup run run-real test test-full export notebooks clean bench-ks bench-bank bench-step
+.PHONY: help setup run run-real test test-full export notebooks clean bench-ks bench-bank bench-step audit-worlds
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -52,3 +52,6 @@ bench-bank: .venv/ready ## many tickets in one batch against merged models and s
 
 bench-step: .venv/ready ## one step of row tuning against PEFT, LoRA, dense and full tuning: ratios of time and memory
 	@$(BIN)/python benchmarks/bench_step.py --out benchmarks/results/step.json
+
+audit-worlds: .venv/ready ## the audit in two worlds with a known answer, three seeds, two settings (about ten minutes)
+	@$(BIN)/python benchmarks/audit_worlds.py --out benchmarks/results/audit_worlds.json
