@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TAIL', 'CHANNELS', 'ROWS', 'THRESHOLDS', 'split_template', 'opportunity', 'Arm', 'count_matched', 'plan_arms',
-           'Check', 'judge', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket', 'overlap']
+           'Check', 'judge', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket', 'overlap', 'template_membership',
+           'template_transfer']
 
-# %% ../nbs/08b_audit.ipynb #acf13ddc
+# %% ../nbs/08b_audit.ipynb #f29b4151
 import json
 import os
 import time
@@ -18,8 +19,8 @@ import numpy as np
 
 from .core import fingerprint, write_json, write_text
 from .criteria import equal_move_null
-from .data import Example, Pair, Role, encode_all, token_counts
-from .decomposition import Decomposition, Interval, decompose, recovery
+from .data import Example, Pair, Role, encode_all, get_template, token_counts
+from .decomposition import Decomposition, Interval, decompose, forced_stop, recovery
 from .evaluation import Translation, score, signatures, translate
 from .losses import _prompt_of
 from .rows import TunedRows, input_embedding, sample_ids
@@ -63,7 +64,7 @@ def opportunity(examples: list[Example], ids, translations: list[Translation] | 
             counts[Role.TARGET] += sum(i in ids for i in translations[n].tokens[:-1])
     return {name: sum(counts[role] for role in roles) / len(examples) for name, roles in CHANNELS.items()}
 
-# %% ../nbs/08b_audit.ipynb #43a71536
+# %% ../nbs/08b_audit.ipynb #a284bf81
 ROWS = {
     "ticket": "the ticket's rows",
     "noise": "the ticket's rows, each moved as far in a random direction",
@@ -71,6 +72,7 @@ ROWS = {
     "embed": "these rows out of Embed Tuning",
     "tuned": "these rows tuned as Partial Tuning tunes the ticket's",
     "embed_tuned": "these rows tuned as Embed Tuning tunes all",
+    "cut": "no rows: the base model's texts, cut where the ticket's end",
 }
 _RATES = {"tuned": "lr_partial", "embed_tuned": "lr_embed"}
 
@@ -93,17 +95,23 @@ class Arm(NamedTuple):
         "The arm whose gain it is compared with: the ticket, or for Embed Tuning without some rows, Embed Tuning."
         return "embed_tuning" if self.rows in ("embed", "embed_tuned") and self.name != "embed_tuning" else "ticket"
 
-# %% ../nbs/08b_audit.ipynb #bdbddcf3
+# %% ../nbs/08b_audit.ipynb #cf11928a
+def _partners(counts, ids, pool):
+    "Pairs (id, partner from the pool with the nearest count on a log scale), most frequent ids first, nobody taken twice."
+    logs, pool, pairs = np.log1p(np.asarray(counts, dtype=np.float64)), np.unique(np.asarray(pool, dtype=np.int64)), []
+    for i in sorted(np.asarray(ids).tolist(), key=lambda i: (-logs[i], i)):
+        if len(pool):
+            at = int(np.argmin(np.abs(logs[pool] - logs[i])))
+            pairs.append((i, int(pool[at])))
+            pool = np.delete(pool, at)
+    return pairs
+
+
 def count_matched(counts, ids, pool) -> np.ndarray:
     "For each of the ids, most frequent first, the id of the `pool` whose count is nearest on a log scale, none twice: sorted, (k,) int64, or fewer if the pool is smaller."
-    logs, pool, chosen = np.log1p(np.asarray(counts, dtype=np.float64)), np.unique(np.asarray(pool, dtype=np.int64)), []
-    for i in sorted(np.asarray(ids).tolist(), key=lambda i: (-logs[i], i)):
-        free = pool[~np.isin(pool, chosen)]
-        if len(free):
-            chosen.append(int(free[np.argmin(np.abs(logs[free] - logs[i]))]))
-    return np.sort(np.array(chosen, dtype=np.int64))
+    return np.sort(np.array([partner for _, partner in _partners(counts, ids, pool)], dtype=np.int64))
 
-# %% ../nbs/08b_audit.ipynb #e37dfac5
+# %% ../nbs/08b_audit.ipynb #b7f7a8c7
 def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool = False, singles: int = 4, seed: int = 0, train: bool = True) -> list[Arm]:
     """The arms of an audit, as data: leave some out, or add your own, and give the list to `audit_ticket`.
 
@@ -122,7 +130,7 @@ def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool 
     bos = [i for i in [tokenizer.bos_token_id] if i is not None]
     say = lambda i: json.dumps(tokenizer.decode([i]), ensure_ascii=False)
 
-    arms = [Arm("base", "base model", ()), Arm("ticket", "ticket", ids), Arm("embed_tuning", "Embed Tuning, all rows", everything, "embed")]
+    arms = [Arm("base", "base model", ()), Arm("ticket", "ticket", ids), Arm("forced_stop", "base model, cut where the ticket stops", (), "cut"), Arm("embed_tuning", "Embed Tuning, all rows", everything, "embed")]
     if mine.mode == "input_only":
         channels = ("instruction", "source", "history", "sentences") if fast else [c for c in CHANNELS if c != "everywhere"]
         arms += [Arm(f"only_{c}", {"sentences": "ticket read in source and history"}.get(c, f"ticket read in the {c}"), ids, "ticket", c) for c in channels]
@@ -139,7 +147,7 @@ def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool 
     rest = [tuple(np.setdiff1d(some, ids).tolist()) for some in (everything, active)]
     arms += [Arm("all_but_ticket", "Embed Tuning without the ticket's rows", rest[0], "embed")]
     arms += [] if fast else [Arm("frozen_ticket", "ticket frozen, all other rows tuned", rest[1], "embed_tuned", seed=seed)]
-    return [a for a in arms if (a.rows != "embed" or ticket.embed_rows is not None) and (a.rows not in _RATES or train and ticket.info.get("settings")) and (a.ids or a.name == "base")]
+    return [a for a in arms if (a.rows != "embed" or ticket.embed_rows is not None) and (a.rows not in _RATES or train and ticket.info.get("settings")) and (a.ids or a.rows == "cut" or a.name == "base")]
 
 # %% ../nbs/08b_audit.ipynb #d581d6bd
 THRESHOLDS = {
@@ -216,7 +224,7 @@ def null_overlap(model, ticket: Ticket, draws: int = 5, seed: int = 0) -> Interv
     shares = [np.isin(ticket.ids, rows.ids.numpy()[equal_move_null(before, after, seed + n).top(min(len(ticket.ids), len(rows)))]).mean() for n in range(draws)]
     return Interval(float(np.mean(shares)), float(min(shares)), float(max(shares)))
 
-# %% ../nbs/08b_audit.ipynb #f6bbe2b4
+# %% ../nbs/08b_audit.ipynb #294eabeb
 @dataclass
 class Audit:
     """What an audit found.
@@ -237,9 +245,9 @@ class Audit:
     facts: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:
-        "Everything but the texts, JSON-ready; an end of an interval that is infinite or not known is None."
+        "Everything but the texts, JSON-ready. An end of an interval that is infinite or not known is None, and so are the ids of more than 100 rows (`arms/NAME.json` has them)."
         plain = lambda v: None if v is None else {n: x if x is None or np.isfinite(x) else None for n, x in v._asdict().items()}
-        arms = {a.name: {**a._asdict(), "against": a.against, **self.scores[a.name], "recovery": plain(self.recoveries.get(a.name)), **self.facts["arms"][a.name]} for a in self.arms}
+        arms = {a.name: {**a._asdict(), "ids": list(a.ids) if len(a.ids) <= 100 else None, "size": len(a.ids), "against": a.against, **self.scores[a.name], "recovery": plain(self.recoveries.get(a.name)), **self.facts["arms"][a.name]} for a in self.arms}
         return {
             "verdict": self.verdict, "sentence": self.sentence, "checks": [{**c._asdict(), "value": plain(c.value)} for c in self.checks], "arms": arms,
             "decomposition": {**self.decomposition.as_dict(), "share": plain(self.decomposition.share)}, "opportunity": self.opportunity, "report": self.table(), **{k: v for k, v in self.facts.items() if k != "arms"},
@@ -339,7 +347,7 @@ def _stored(path, print_):
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-# %% ../nbs/08b_audit.ipynb #000b3f5f
+# %% ../nbs/08b_audit.ipynb #395ccc99
 def audit_ticket(
     model, tokenizer, ticket: Ticket, train_pairs: list[Pair], test_pairs: list[Pair], *, out, fast: bool = False, arms: list[Arm] | None = None, thresholds: dict | None = None,
     template=None, languages: str | None = None, max_new_tokens: int = 256, num_beams: int = 1, batch_size: int = 16, samples: int = 1000, seed: int = 0, progress: bool = True,
@@ -348,8 +356,8 @@ def audit_ticket(
 
     model, tokenizer: the plain base model (moved to the accelerator if there is one). train_pairs: what the ticket was tuned on; empty if it is not at hand: arms that must be trained are then left out. test_pairs: sentences that nothing was tuned on.
     out: a folder; gets `arms/NAME.json` (texts and fingerprint), `audit.json`, `audit.md` and `audit.png`. fast: the first 50 test sentences, 200 bootstrap samples, and only the arms that the verdict needs.
-    arms: a plan (default: `plan_arms`), which must have "base" and "ticket". thresholds: to replace some of `THRESHOLDS`. template, languages: default to the ticket's. max_new_tokens, num_beams, batch_size: as for `translate`. samples: of the bootstrap.
-    Raises ValueError for another model's ticket, an empty one or one without rows, test sentences that were used for tuning, training pairs that are not the ticket's, a plan without base and ticket, and an unknown threshold.
+    arms: a plan (default: `plan_arms`), with "base" and "ticket" first. thresholds: to replace some of `THRESHOLDS`. template: to test under (default: the ticket's, which the controls are trained under in any case). languages: default to the ticket's. max_new_tokens, num_beams, batch_size: as for `translate`. samples: of the bootstrap.
+    Raises ValueError for another model's ticket, an empty one or one without rows, test sentences that were used for tuning, training pairs that are not the ticket's, a plan that does not begin with base and ticket, and an unknown threshold.
     """
     import torch
 
@@ -358,18 +366,21 @@ def audit_ticket(
     _refuse(model, tokenizer, ticket, train_pairs, test_pairs, thresholds or {})
     samples, limits = min(samples, 200) if fast else samples, THRESHOLDS | (thresholds or {})
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    prompt = _prompt_of(ticket, template, languages)
-    train_set, test_set = (encode_all(tokenizer, pairs=pairs, **prompt) for pairs in (train_pairs, test_pairs))
+    own = _prompt_of(ticket, None if ticket.info.get("template") else template, languages)  # controls are trained under the ticket's prompt
+    train_set, test_set = encode_all(tokenizer, pairs=train_pairs, **own), encode_all(tokenizer, pairs=test_pairs, **_prompt_of(ticket, template, languages))
     split, references, settings = split_template(test_set), [p.target for p in test_pairs], ticket.info.get("settings")
     arms = plan_arms(tokenizer, ticket, train_set or test_set, fast=fast, seed=seed, train=bool(train_set)) if arms is None else list(arms)
-    if not {"base", "ticket"} <= {a.name for a in arms}:
-        raise ValueError(f"the plan has the arms {', '.join(a.name for a in arms)}: base and ticket must be among them")
+    if [a.name for a in arms[:2]] != ["base", "ticket"]:
+        raise ValueError(f"the plan has the arms {', '.join(a.name for a in arms)}: base and ticket must come first, all others are compared with them")
     generation = dict(max_new_tokens=max_new_tokens, num_beams=num_beams)
     print_of = _arm_prints(model, tokenizer, ticket, train_set, test_set, settings, generation)
     folder = Path(out) / "arms"
     folder.mkdir(parents=True, exist_ok=True)
     translations = {}
     for n, arm in enumerate(arms, 1):
+        if arm.rows == "cut":
+            translations[arm.name] = forced_stop(translations["base"], translations["ticket"], tokenizer)
+            continue
         path, print_, label = folder / f"{arm.name}.json", print_of(arm), f"arm {n}/{len(arms)} {arm.name}"
         translations[arm.name] = _stored(path, print_)
         if translations[arm.name] is None:
@@ -452,3 +463,43 @@ def overlap(a, b, k: int) -> dict[str, float]:
         raise ValueError(f"the scans have {len(a.statistic)} and {len(b.statistic)} rows: compare tickets of one model")
     moved = (a.statistic > 0) | (b.statistic > 0)
     return {"jaccard": jaccard(a.top(k), b.top(k)), "rank_correlation": float(spearmanr(a.statistic[moved], b.statistic[moved]).statistic)}
+
+# %% ../nbs/08b_audit.ipynb #b05fbe30
+def template_membership(scan, examples: list[Example]) -> dict:
+    """Do rows of the template move more than rows of the sentences that occur as often?
+
+    Returns {"template" and "matched": median rank of the statistic among the rows that occur (1 is best), "pairs": their number, "wilcoxon_pvalue" (one-sided, of the pairs; None for fewer than 2),
+    "rank_shift": ranks gained by membership at an equal rank of the count (ordinary least squares), "rank_shift_pvalue": two-sided}.
+    Raises ValueError if no token of the template, or none outside it, occurs.
+    """
+    from scipy.stats import rankdata, t, wilcoxon
+
+    counts = token_counts(examples, len(scan.statistic))
+    active, inside = np.flatnonzero(counts), token_counts(examples, len(scan.statistic), Role.INSTRUCTION) > 0
+    ids, pool = np.flatnonzero(inside), active[~inside[active]]
+    if not len(ids) or not len(pool):
+        raise ValueError(f"{len(ids)} tokens of the template and {len(pool)} others occur: there is nothing to compare")
+    rank = np.zeros(len(counts))
+    rank[active] = rankdata(-scan.statistic[active])
+    pairs = np.array(_partners(counts, ids, pool))
+    x = np.column_stack([np.ones(len(active)), inside[active], rankdata(-counts[active])])
+    fit, free = np.linalg.lstsq(x, rank[active], rcond=None)[0], max(1, len(active) - 3)
+    shift, residual = fit[1], rank[active] - x @ fit
+    error = np.sqrt(residual @ residual / free * np.linalg.pinv(x.T @ x)[1, 1])
+    return {
+        "template": float(np.median(rank[pairs[:, 0]])), "matched": float(np.median(rank[pairs[:, 1]])), "pairs": len(pairs),
+        "wilcoxon_pvalue": float(wilcoxon(*scan.statistic[pairs].T, alternative="greater").pvalue) if len(pairs) > 1 else None,
+        "rank_shift": float(-shift), "rank_shift_pvalue": float(2 * t.sf(abs(shift) / error, free)) if error > 0 else 0.0,
+    }  # fmt: skip
+
+# %% ../nbs/08b_audit.ipynb #6da9d1f2
+def template_transfer(model, tokenizer, ticket: Ticket, test_pairs: list[Pair], templates, *, out, **options) -> dict[str, Decomposition]:
+    """The ticket's gain under other prompts than its own, split into content and stopping: the name of each template -> `Decomposition`.
+
+    templates: as for `get_template`. out: a folder; each template's texts are kept in it, as by `audit_ticket`, which also explains the options and errors.
+    """
+    gains = {}
+    for template in map(get_template, templates):
+        arms = plan_arms(tokenizer, ticket, encode_all(tokenizer, pairs=test_pairs, **_prompt_of(ticket, template)), train=False)[:2]
+        gains[template.name] = audit_ticket(model, tokenizer, ticket, [], test_pairs, out=Path(out) / template.name, arms=arms, template=template, **options).decomposition
+    return gains

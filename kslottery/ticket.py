@@ -20,7 +20,7 @@ from .core import fingerprint, whole_folder, write_json, write_text
 from .ks import Scan
 from .rows import TunedRows, input_embedding, is_tied
 
-# %% ../nbs/05_ticket.ipynb #9dc9d5a8
+# %% ../nbs/05_ticket.ipynb #7da5f074
 SCHEMA = 1
 
 
@@ -274,10 +274,10 @@ class Ticket:
                 numbers = ("", "") if self.scan is None else (f"{self.scan.statistic[i]:.3f}", "" if self.scan.pvalue is None else f"{self.scan.pvalue[i]:.1e}")
                 yield f"| `{cell(repr(token))}` | {i} | {numbers[0]} | {numbers[1]} |"
             yield f"\n{f'and {k - 25} more: see `ticket.json`.' if k > 25 else ''}"
-            yield '```python\nfrom kslottery.core import load_model\nfrom kslottery.ticket import Ticket\n\n'
-            yield f'ticket = Ticket.load("this folder")\nmodel, tokenizer = load_model({json.dumps(info["model"])}, {info["revision"]!r})\nticket.check(model, tokenizer)\nwith ticket.rows.applied(model):\n    ...  # model.generate\n```\n'
+            imports = "\n".join(f"from kslottery.{module} import {name}" for module, name in (("core", "load_model"), ("ticket", "Ticket")))
+            yield f'```python\n{imports}\n\nticket = Ticket.load("this folder")\nmodel, tokenizer = load_model({json.dumps(info["model"])}, {info["revision"]!r})\nticket.check(model, tokenizer)\nwith ticket.rows.applied(model):\n    ...  # model.generate\n```\n'
         yield "## How it was made\n\n| | |\n|---|---|"
-        known = {name.replace("_", " "): info[name] for name in ("model", "revision", "alpha", "correction", "top_k", "criterion", "languages", "seed", "dtype", "mode") if info.get(name) not in (None, 0, "")}
+        known = {name.replace("_", " "): info[name] for name in ("model", "revision", "alpha", "correction", "top_k", "criterion", "languages", "seed", "dtype", "mode") if info.get(name) not in (None, "") and (name != "top_k" or info[name])}
         known |= {"template": info["template"]["text"]} if info.get("template") else {}
         known |= {name.replace("_", " "): value for name, value in (info.get("settings") or {}).items()} | ({"tuning pairs": len(self.sentences)} if self.sentences else {})
         known |= {"embedding": f"SHA-256 {info['fingerprints']['embedding'][:16]}…", "versions": ", ".join(f"{n} {v}" for n, v in info["versions"].items())}

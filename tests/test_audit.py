@@ -18,12 +18,27 @@ from typer.testing import CliRunner
 
 from conftest import ARCHITECTURES, kslottery, talker
 from kslottery import audit as audit_module
-from kslottery.audit import CHANNELS, TAIL, THRESHOLDS, Arm, _verdict, audit_ticket, count_matched, judge, opportunity, overlap, plan_arms, split_template
+from kslottery.audit import (
+    CHANNELS,
+    TAIL,
+    THRESHOLDS,
+    Arm,
+    _verdict,
+    audit_ticket,
+    count_matched,
+    judge,
+    opportunity,
+    overlap,
+    plan_arms,
+    split_template,
+    template_membership,
+    template_transfer,
+)
 from kslottery.babel import build_world
 from kslottery.cli import app
 from kslottery.core import load_model
 from kslottery.data import Example, Role, encode_all, get_template, load_pairs
-from kslottery.decomposition import UNKNOWN, Interval
+from kslottery.decomposition import UNKNOWN, Interval, forced_stop
 from kslottery.evaluation import Translation, translate
 from kslottery.ks import Scan, ks_scan
 from kslottery.rows import TunedRows
@@ -126,6 +141,22 @@ def test_overlap():
         overlap(a, Scan(np.ones(4), None, 8), 1)
 
 
+def test_membership_is_told_from_frequency():
+    "Statistics that follow the count alone show no membership; template rows that move more do."
+    rng = np.random.default_rng(0)
+    words = [rng.choice(np.arange(20, 300), size=rng.integers(20, 40), p=np.arange(280, 0, -1) / np.arange(281).sum()).tolist() for _ in range(60)]
+    examples = [Example(str(i), [*range(5, 12), *w], [-100] * (7 + len(w)), [1] * 7 + [2] * len(w), 7 + len(w)) for i, w in enumerate(words)]
+    counts = np.bincount([i for e in examples for i in e.ids], minlength=320)
+    noise = rng.normal(0, 0.3, 320)
+    frequency = template_membership(Scan(np.where(counts, np.exp(np.log1p(counts) + noise), 0), None, 8), examples)
+    prompt = template_membership(Scan(np.where(counts, np.exp(noise), 0) + 9.0 * (np.isin(np.arange(320), range(5, 12))), None, 8), examples)
+    assert frequency["pairs"] == prompt["pairs"] == 7 and prompt["template"] == 4 and prompt["matched"] > 50
+    assert prompt["wilcoxon_pvalue"] == pytest.approx(1 / 2**7) and prompt["rank_shift"] > 50 and prompt["rank_shift_pvalue"] < 1e-3
+    assert abs(frequency["rank_shift"]) < prompt["rank_shift"] / 3
+    with pytest.raises(ValueError, match="nothing to compare"):
+        template_membership(Scan(np.ones(64), None, 8), [e._replace(roles=[1] * len(e.roles)) for e in prompts()])
+
+
 @pytest.fixture(scope="module")
 def made():
     "The small world, a quick ticket for it, and its data."
@@ -148,6 +179,11 @@ OPTIONS = dict(max_new_tokens=12, batch_size=8, samples=50, progress=False)
 
 def run(made, out, **changes):
     return audit_ticket(*made, out=out, **OPTIONS | changes)
+
+
+def generated(audit):
+    "The names of the arms that have a file."
+    return [a.name for a in audit.arms if a.rows != "cut"]
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +231,7 @@ def test_what_is_found_is_what_the_arms_say(made, audited):
     assert record["sentence"] == audit.sentence and list(record["arms"]) == [a.name for a in audit.arms] and record["thresholds"] == THRESHOLDS
     assert {c["name"] for c in record["checks"]} == set(THRESHOLDS) and all(c["result"] in ("pass", "fail", "cannot tell") for c in record["checks"])
     assert audit.sentence in (out / "audit.md").read_text() and (out / "audit.png").read_bytes()[:4] == b"\x89PNG"
+    assert audit.translations["forced_stop"] == forced_stop(audit.translations["base"], audit.translations["ticket"], tokenizer)
     ticket_gain = audit.scores["ticket"]["whole"]["bleu"] - audit.scores["base"]["whole"]["bleu"]
     only = audit.recoveries["only_history"]
     if only.value is not None:
@@ -217,14 +254,14 @@ def test_arms_are_taken_over_only_if_their_fingerprint_fits(made, audited, tmp_p
     model, tokenizer, ticket, train, test = made
     out = tmp_path / "audit"
     shutil.copytree(audited[1], out)
-    calls, names = counting(monkeypatch), [a.name for a in audited[0].arms]
+    calls, names = counting(monkeypatch), generated(audited[0])
     again = run(made, out)
     assert calls == [] and again.recoveries == audited[0].recoveries and again.sentence == audited[0].sentence
     other = Ticket(ticket.ids, ticket.info, ticket.rows.scale(model, 0.5), ticket.embed_rows, ticket.scan, ticket.sentences)
     run((model, tokenizer, other, train, test), out)
     assert calls == [a.name for a in audited[0].arms if a.rows in ("ticket", "noise", "flipped") and a.ids]  # the others do not read the ticket's rows
     calls.clear()
-    run((model, tokenizer, other, train, test[:-1]), out, arms=audited[0].arms[:3])
+    run((model, tokenizer, other, train, test[:-1]), out, arms=audited[0].arms[:4])
     assert calls == names[:3]
     calls.clear()
     for broken in ("", "{", '{"fingerprint": 1}'):
@@ -249,7 +286,7 @@ audit_ticket(model, tokenizer, ticket, load_pairs(world / "train.jsonl", languag
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_audit_goes_on_where_it_was(made, audited, tmp_path, monkeypatch, how):
     made[2].save(tmp_path / "ticket")
     child = subprocess.Popen([sys.executable, "-c", VICTIM, str(tmp_path)], stderr=subprocess.PIPE, text=True)
@@ -260,11 +297,11 @@ def test_a_killed_audit_goes_on_where_it_was(made, audited, tmp_path, monkeypatc
     child.send_signal(how)
     _, error = child.communicate()
     finished = done()
-    assert child.returncode and 12 <= len(finished) < len(audited[0].arms), error
+    assert child.returncode and 12 <= len(finished) < len(generated(audited[0])), error
     assert all(json.loads((tmp_path / "audit" / "arms" / f"{name}.json").read_text())["translations"] for name in finished)
     calls = counting(monkeypatch)
     resumed = run(made, tmp_path / "audit")
-    assert calls == [a.name for a in audited[0].arms if a.name not in finished]
+    assert calls == [name for name in generated(audited[0]) if name not in finished]
     assert resumed.translations == audited[0].translations and resumed.as_dict()["checks"] == audited[0].as_dict()["checks"]
     assert not list((tmp_path / "audit" / "arms").glob(".*"))
 
@@ -273,9 +310,17 @@ def test_without_embed_rows_data_or_settings_it_says_what_it_cannot_tell(made, t
     model, tokenizer, ticket, train, test = made
     bare = Ticket(ticket.ids, {**ticket.info, "settings": None}, ticket.rows, None, None, ticket.sentences)
     audit = run((model, tokenizer, bare, [], test), tmp_path, fast=True)
-    assert {a.rows for a in audit.arms} == {"ticket", "noise"}
+    assert {a.rows for a in audit.arms} == {"ticket", "noise", "cut"}
     assert {c.name for c in audit.checks if c.sentence.startswith("No arm")} == {"controls", "one_row", "selection", "necessary", "replaceable"}
     assert audit.verdict != "real"
+
+
+def test_a_ticket_under_another_prompt(made, audited, tmp_path):
+    model, tokenizer, ticket, _, test = made
+    short = get_template("From {source_language}: {source}\nTo {target_language}: {target}")
+    gains = template_transfer(model, tokenizer, ticket, test, ["babel", short], out=tmp_path, **OPTIONS)
+    assert gains["babel"] == audited[0].decomposition and gains["custom"].base != gains["babel"].base
+    assert sorted(p.name for p in (tmp_path / "custom" / "arms").iterdir()) == ["base.json", "ticket.json"]
 
 
 def test_shared_rows_are_audited_without_channels(tmp_path):
