@@ -5,7 +5,7 @@ SEED ?= 0
 RUN ?= runs/quickstart
 PORT ?= 8000
 
-.PHONY: help setup setup-browser run run-real test test-full docs docs-serve export notebooks clean bench-ks bench-bank bench-step bench-prefix
+.PHONY: help setup setup-browser run run-real test test-full docs docs-serve export notebooks clean bench-ks bench-bank bench-step bench-prefix audit-worlds
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -67,3 +67,6 @@ bench-step: .venv/ready ## one step of row tuning against PEFT, LoRA, dense and 
 
 bench-prefix: .venv/ready ## a step with the template's prefix run once per batch, against one without: ratio of time
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_prefix.py --out benchmarks/results/prefix.json
+
+audit-worlds: .venv/ready ## the audit in two worlds with a known answer, three seeds, two settings (about ten minutes)
+	@$(BIN)/python benchmarks/audit_worlds.py --out benchmarks/results/audit_worlds.json

@@ -224,7 +224,7 @@ def null_overlap(model, ticket: Ticket, draws: int = 5, seed: int = 0) -> Interv
     shares = [np.isin(ticket.ids, rows.ids.numpy()[equal_move_null(before, after, seed + n).top(min(len(ticket.ids), len(rows)))]).mean() for n in range(draws)]
     return Interval(float(np.mean(shares)), float(min(shares)), float(max(shares)))
 
-# %% ../nbs/08b_audit.ipynb #f6bbe2b4
+# %% ../nbs/08b_audit.ipynb #294eabeb
 @dataclass
 class Audit:
     """What an audit found.
@@ -245,9 +245,9 @@ class Audit:
     facts: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:
-        "Everything but the texts, JSON-ready; an end of an interval that is infinite or not known is None."
+        "Everything but the texts, JSON-ready. An end of an interval that is infinite or not known is None, and so are the ids of more than 100 rows (`arms/NAME.json` has them)."
         plain = lambda v: None if v is None else {n: x if x is None or np.isfinite(x) else None for n, x in v._asdict().items()}
-        arms = {a.name: {**a._asdict(), "against": a.against, **self.scores[a.name], "recovery": plain(self.recoveries.get(a.name)), **self.facts["arms"][a.name]} for a in self.arms}
+        arms = {a.name: {**a._asdict(), "ids": list(a.ids) if len(a.ids) <= 100 else None, "size": len(a.ids), "against": a.against, **self.scores[a.name], "recovery": plain(self.recoveries.get(a.name)), **self.facts["arms"][a.name]} for a in self.arms}
         return {
             "verdict": self.verdict, "sentence": self.sentence, "checks": [{**c._asdict(), "value": plain(c.value)} for c in self.checks], "arms": arms,
             "decomposition": {**self.decomposition.as_dict(), "share": plain(self.decomposition.share)}, "opportunity": self.opportunity, "report": self.table(), **{k: v for k, v in self.facts.items() if k != "arms"},

@@ -6,11 +6,12 @@
 __all__ = ['CLAIMS', 'PVALUES', 'Certificate', 'ks_margin_bound', 'Losses', 'binomial_pvalue', 'hoeffding_bentkus_pvalue',
            'betting_pvalue', 'risk_bound', 'certify_agreement', 'sentences_needed', 'certify_tickets']
 
-# %% ../nbs/01_certificate.ipynb #c2971c1a
+# %% ../nbs/01_certificate.ipynb #33275661
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -331,7 +332,8 @@ def certify_agreement(losses, delta: float, method: str = "clopper-pearson", eps
         "agreement", claim, bool(holds), bound, 1 - delta, n, losses.unit, losses.assumptions, vacuous=bound >= 1, size=None if losses.vouched and not losses.rows else len(losses.rows), facts=facts
     )
 
-# %% ../nbs/01_certificate.ipynb #f9434222
+# %% ../nbs/01_certificate.ipynb #de073ad5
+@lru_cache
 def sentences_needed(epsilon: float, delta: float, method: str = "clopper-pearson", perfect: float = 0.0) -> int:
     """The least number of calibration units with which a ticket that equals the reference certifies a risk of at most epsilon at confidence 1 - delta.
 

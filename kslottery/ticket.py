@@ -20,7 +20,7 @@ from .core import fingerprint, whole_folder, write_json, write_text
 from .ks import Scan
 from .rows import TunedRows, input_embedding, is_tied
 
-# %% ../nbs/05_ticket.ipynb #db1f0268
+# %% ../nbs/05_ticket.ipynb #6019490c
 SCHEMA = 1
 
 
@@ -277,7 +277,7 @@ class Ticket:
             imports = "\n".join(f"from kslottery.{module} import {name}" for module, name in (("core", "load_model"), ("ticket", "Ticket")))
             yield f'```python\n{imports}\n\nticket = Ticket.load("this folder")\nmodel, tokenizer = load_model({json.dumps(info["model"])}, {info["revision"]!r})\nticket.check(model, tokenizer)\nwith ticket.rows.applied(model):\n    ...  # model.generate\n```\n'
         yield "## How it was made\n\n| | |\n|---|---|"
-        known = {name.replace("_", " "): info[name] for name in ("model", "revision", "alpha", "correction", "top_k", "criterion", "languages", "seed", "dtype", "mode") if info.get(name) not in (None, 0, "")}
+        known = {name.replace("_", " "): info[name] for name in ("model", "revision", "alpha", "correction", "top_k", "criterion", "languages", "seed", "dtype", "mode") if info.get(name) not in (None, "") and (name != "top_k" or info[name])}
         known |= {"template": info["template"]["text"]} if info.get("template") else {}
         known |= {name.replace("_", " "): value for name, value in (info.get("settings") or {}).items()} | ({"tuning pairs": len(self.sentences)} if self.sentences else {})
         known |= {"embedding": f"SHA-256 {info['fingerprints']['embedding'][:16]}…", "versions": ", ".join(f"{n} {v}" for n, v in info["versions"].items())}

@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 from test_library import NOTEBOOKS
 
+ELSEWHERE = ("quickstart", "audit")  # test_quickstart and test_audit_worlds run these
+
 
 @pytest.fixture(autouse=True)
 def commands(monkeypatch):
@@ -17,7 +19,7 @@ def commands(monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
-@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem != "quickstart"], ids=lambda n: n.stem)  # test_quickstart runs that one
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem not in ELSEWHERE], ids=lambda n: n.stem)
 def test_notebook(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("KSLOTTERY_PROGRESS", os.devnull)
     known = papermill.inspect_notebook(str(notebook))
@@ -34,7 +36,7 @@ def test_notebook(notebook, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem != "quickstart"], ids=lambda n: n.stem)
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem not in ELSEWHERE], ids=lambda n: n.stem)
 def test_notebook_at_full_size(notebook, tmp_path):
     papermill.execute_notebook(str(notebook), str(tmp_path / "done.ipynb"), kernel_name="python3", language="python", cwd=str(tmp_path), progress_bar=False)
 

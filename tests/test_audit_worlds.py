@@ -1,0 +1,63 @@
+"""Two worlds with a known answer, by the tutorial "Is the ticket real?": the audit must tell stopping from content."""
+
+import json
+
+import pytest
+
+from conftest import kslottery
+
+
+def audited(folder, **parameters):
+    status, said, error = kslottery("run", "audit", *[x for k, v in {**parameters, "out": folder / "run"}.items() for x in ("-p", f"{k}={v}")], cwd=folder)
+    assert status == 0, error
+    return said, json.loads((folder / "run" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worlds")
+    return folder, *audited(folder, fast="true")
+
+
+def check_worlds(results):
+    """What the worlds were built for. How source and history share the content world's gain is not built in, so they are taken together.
+
+    The verdict may be "cannot tell" in the content world (seed 2 at full size: 0.59 by source and history, with an interval that holds 0.5), but never "artefact".
+    """
+    stopping, content = results["worlds"]["stopping"], results["worlds"]["content"]
+    assert stopping["decomposition"]["share"]["value"] >= 0.8 and content["decomposition"]["share"]["value"] < 0.2
+    assert stopping["recoveries"]["only_instruction"]["value"] >= 0.8
+    sentences, instruction = (content["recoveries"][f"only_{c}"]["value"] for c in ("sentences", "instruction"))
+    assert sentences >= 0.5 > 0.2 > instruction
+    assert stopping["verdict"] == "artefact" and content["verdict"] in ("real", "cannot tell")
+
+
+def test_the_audit_tells_the_worlds_apart(fast):
+    check_worlds(fast[2])
+    assert fast[2]["worlds"]["content"]["verdict"] == "real"
+
+
+def test_the_worlds_are_what_they_are_said_to_be(fast):
+    "Without any tuning: one base translates and does not stop, the other stops and has lost words; the scan finds the damage."
+    stopping, content = (fast[2]["worlds"][name] for name in ("stopping", "content"))
+    assert stopping["scores"]["base"]["eos_rate"] < 0.1 and stopping["scores"]["base"]["first_line"]["bleu"] > 4 * stopping["scores"]["base"]["whole"]["bleu"]
+    assert (
+        content["scores"]["base"]["eos_rate"] > 0.9
+        and content["scores"]["base"]["first_line"]["bleu"] < 0.75 * stopping["scores"]["base"]["first_line"]["bleu"]
+    )
+    assert content["ticket"]["planted_found"] >= 0.8 * len(fast[2]["planted"])
+
+
+def test_every_world_leaves_a_ticket_and_an_audit(fast):
+    folder, said, results = fast
+    assert all(sentence in said for sentence in results["summary"])
+    for name in results["worlds"]:
+        record = json.loads((folder / "run" / name / "audit.json").read_text())
+        assert record["verdict"] == results["worlds"][name]["verdict"]
+        assert json.loads((folder / "run" / name / "ticket" / "ticket.json").read_text())["size"] == results["worlds"][name]["ticket"]["size"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_full_size(seed, tmp_path):
+    check_worlds(audited(tmp_path, seed=seed)[1])
