@@ -136,7 +136,14 @@ def test_certify_from_the_command_line(ticket, world, tmp_path):
     assert made["claim"] in (folder / "README.md").read_text()
     changed = {p.name for p in folder.iterdir() if p.read_bytes() != before.get(p.name)}
     assert changed == {"certificates.json", "README.md"}
+    (tmp_path / "documents").write_text("\n".join(f"d{i // 10}" for i in range(40)))
+    status, said, error = invoke(*words, "--epsilon", 0.6, "--loss", "exact", "--ladder", "none", "--groups", tmp_path / "documents", "--json")
+    assert status == 0, error
+    assert all(c["n"] == 4 and c["unit"] == "document" and c["facts"]["method"] == "betting" for c in json.loads(said))
+    assert all("have served" in c["assumptions"][-1] for c in json.loads(said))
+    (tmp_path / "few").write_text("d1")
     for wrong, part in (
+        (("--groups", tmp_path / "few"), "1 group names for 40 losses"),
         (("--calibration", world.split("train")), "was used to tune"),
         (("--epsilon", "0"), "epsilon is 0"),
         (("--ladder", "rope"), "transfer, tuning or none"),
@@ -146,7 +153,7 @@ def test_certify_from_the_command_line(ticket, world, tmp_path):
     ):
         status, _, error = invoke(*words, "--epsilon", 0.5, *wrong)
         assert status == 2 and part in error and error.count("\n") == 1, (wrong, error)
-    assert len(Ticket.load(folder).certificates) == 3
+    assert len(Ticket.load(folder).certificates) == 5
 
 
 def test_a_bare_scan_needs_a_reference_and_somebody_who_vouches(ticket, loaded, world, tmp_path):
