@@ -52,9 +52,9 @@ def test_every_world_leaves_a_ticket_and_an_audit(fast):
     folder, said, results = fast
     assert all(sentence in said for sentence in results["summary"])
     for name in results["worlds"]:
-        record = json.loads((folder / "run" / name / "audit.json").read_text())
+        record = json.loads((folder / "run" / "outputs" / name / "audit.json").read_text())
         assert record["verdict"] == results["worlds"][name]["verdict"]
-        assert json.loads((folder / "run" / name / "ticket" / "ticket.json").read_text())["size"] == results["worlds"][name]["ticket"]["size"]
+        assert json.loads((folder / "run" / "outputs" / name / "ticket" / "ticket.json").read_text())["size"] == results["worlds"][name]["ticket"]["size"]
 
 
 @pytest.mark.slow
