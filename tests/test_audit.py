@@ -271,7 +271,9 @@ def test_arms_are_taken_over_only_if_their_fingerprint_fits(made, audited, tmp_p
 
 
 VICTIM = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control starts its children deaf to it
 from pathlib import Path
 from kslottery.audit import audit_ticket
 from kslottery.core import load_model
