@@ -414,7 +414,7 @@ def convert(
         Ticket.from_peft(source, base, tokenizer, name=model or named).save(out)
     typer.echo(f"The ticket: {out}")
 
-# %% ../nbs/10_cli.ipynb #fdff5049
+# %% ../nbs/10_cli.ipynb #005c86af
 @app.command()
 def certify(
     ticket: Annotated[Path, typer.Argument(help="The ticket folder; the certificates are kept in it.")],
@@ -431,6 +431,7 @@ def certify(
     limit: Annotated[int, typer.Option(help="Use only the first so many calibration pairs.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Sentences at a time.")] = 16,
+    groups: Annotated[Path | None, typer.Option(help="A text file with the document of each calibration pair, one name a line: documents are then the independent units.")] = None,
     vouched: Annotated[bool, typer.Option("--vouched", help="The ticket records no tuning sentences, and you answer for it that the calibration sentences are others.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificates as a JSON list.")] = False,
 ):
@@ -450,11 +451,12 @@ def certify(
         found = Ticket.load(ticket)
         languages = languages or found.info.get("languages", "")
         pairs = load_pairs(calibration, languages, limit or None)
+        names = groups.read_text(encoding="utf-8").splitlines()[: len(pairs)] if groups else None
         lm, tokenizer = load_model(model or found.info["model"], None if model else found.info["revision"])
         certificates = certify_ticket(
             lm, tokenizer, found, pairs, epsilon, delta, loss=loss, ladder=ladder != "none", reference=load_model(reference)[0] if reference else None,
             rows_of=tuned_anew(lm, tokenizer, found, load_pairs(train, languages)) if ladder == "tuning" else None, template=template or None,
-            languages=languages, vouched=vouched, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            languages=languages, vouched=vouched, groups=names, max_new_tokens=max_new_tokens, batch_size=batch_size,
         )  # fmt: skip
         found.add_certificates(ticket, certificates)
     if as_json:
