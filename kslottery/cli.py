@@ -414,7 +414,7 @@ def convert(
         Ticket.from_peft(source, base, tokenizer, name=model or named).save(out)
     typer.echo(f"The ticket: {out}")
 
-# %% ../nbs/10_cli.ipynb #005c86af
+# %% ../nbs/10_cli.ipynb #632a0376
 @app.command()
 def certify(
     ticket: Annotated[Path, typer.Argument(help="The ticket folder; the certificates are kept in it.")],
@@ -429,7 +429,7 @@ def certify(
     languages: Annotated[str, typer.Option(help="source-target (default: the ticket's).")] = "",
     template: Annotated[str, typer.Option(help="The prompt (default: the ticket's).")] = "",
     limit: Annotated[int, typer.Option(help="Use only the first so many calibration pairs.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most (default: as the ticket was evaluated, or 256).")] = 0,
     batch_size: Annotated[int, typer.Option(help="Sentences at a time.")] = 16,
     groups: Annotated[Path | None, typer.Option(help="A text file with the document of each calibration pair, one name a line: documents are then the independent units.")] = None,
     vouched: Annotated[bool, typer.Option("--vouched", help="The ticket records no tuning sentences, and you answer for it that the calibration sentences are others.")] = False,
@@ -456,7 +456,8 @@ def certify(
         certificates = certify_ticket(
             lm, tokenizer, found, pairs, epsilon, delta, loss=loss, ladder=ladder != "none", reference=load_model(reference)[0] if reference else None,
             rows_of=tuned_anew(lm, tokenizer, found, load_pairs(train, languages)) if ladder == "tuning" else None, template=template or None,
-            languages=languages, vouched=vouched, groups=names, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            languages=languages, vouched=vouched, groups=names, batch_size=batch_size,
+            max_new_tokens=max_new_tokens or (found.info.get("data") or {}).get("max_new_tokens", 256),
         )  # fmt: skip
         found.add_certificates(ticket, certificates)
     if as_json:
@@ -466,7 +467,7 @@ def certify(
         typer.echo(f"{certificate}\n")
     typer.echo(f"Kept in {ticket / 'certificates.json'}")
 
-# %% ../nbs/10_cli.ipynb #657783be
+# %% ../nbs/10_cli.ipynb #aa247d10
 @app.command()
 def audit(
     ticket: Annotated[Path, typer.Argument(help="The ticket folder; its card gets the verdict.")],
@@ -478,7 +479,7 @@ def audit(
     languages: Annotated[str, typer.Option(help="source-target (default: the ticket's).")] = "",
     template: Annotated[str, typer.Option(help="The prompt (default: the ticket's).")] = "",
     limit: Annotated[int, typer.Option(help="Use only the first so many test pairs.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most (default: as the ticket was evaluated, or 256).")] = 0,
     num_beams: Annotated[int, typer.Option(help="Beams; 1 is greedy.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Sentences at a time.")] = 16,
     samples: Annotated[int, typer.Option(help="Bootstrap samples.")] = 1000,
@@ -497,14 +498,15 @@ def audit(
     with _whole(f"finished arms are kept in {out}: run the same command to go on"):
         found = Ticket.load(ticket)
         recorded = found.info.get("data") or {}
+        train_limit, test_limit = (None if named else recorded.get(f"{name}_limit") for name, named in (("train", train), ("test", test)))
         train, test, languages = train or recorded.get("train", ""), test or recorded.get("test", ""), languages or found.info.get("languages") or ""
         if not test or not train:
             raise ValueError(f"the ticket does not record its {'test' if not test else 'tuning'} data: name it with --{'test' if not test else 'train'}{'' if not test else ' (or --train none)'}")
-        train_pairs, test_pairs = [] if train == "none" else load_pairs(train, languages), load_pairs(test, languages, limit or None)
+        train_pairs, test_pairs = [] if train == "none" else load_pairs(train, languages, train_limit), load_pairs(test, languages, limit or test_limit)
         lm, tokenizer = load_model(model or found.info["model"], None if model else found.info["revision"])
         done = audit_ticket(
-            lm, tokenizer, found, train_pairs, test_pairs, out=out, fast=fast, template=template or None, languages=languages, max_new_tokens=max_new_tokens,
-            num_beams=num_beams, batch_size=batch_size, samples=samples, seed=seed,
+            lm, tokenizer, found, train_pairs, test_pairs, out=out, fast=fast, template=template or None, languages=languages,
+            max_new_tokens=max_new_tokens or recorded.get("max_new_tokens", 256), num_beams=num_beams, batch_size=batch_size, samples=samples, seed=seed,
         )  # fmt: skip
         found.add_audit(ticket, done.as_dict(), (out / "audit.png").read_bytes())
     if as_json:

@@ -167,9 +167,6 @@ def test_every_image_has_alt_text(pages):
     assert sum(len(page.images) for page in pages.values()) > 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="notebooks still lack #| fig-alt lines; until then the nearest heading stands in. Take this mark away with the last of them"
-)
 def test_every_figure_says_what_it_shows():
     mute = []
     for notebook in NOTEBOOKS:

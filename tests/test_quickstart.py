@@ -125,6 +125,13 @@ def test_the_claims_hold_at_the_fast_size(results):
     check_claims(results)
 
 
+def test_the_ticket_knows_what_to_be_audited_with(quickstart):
+    status, said, error = kslottery("audit", quickstart[0] / "ticket", "--fast", "--out", quickstart[0].parent / "audit")
+    assert status == 0, error
+    assert said.strip().split("\n")[-1].startswith("An artefact: ")  # so the built-in world was made
+    assert Ticket.load(quickstart[0] / "ticket").audit["verdict"] == "artefact"
+
+
 def test_the_report_is_self_contained(quickstart, results):
     page = (quickstart[0] / "report.html").read_text()
     assert "<script" not in page and "data:image/png;base64" in page and '<details class="code">' in page
