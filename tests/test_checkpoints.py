@@ -303,7 +303,8 @@ def test_ctrl_c_writes_nothing(tmp_path):
     weight = torch.randn(60_000, 1024).bfloat16()
     save_file({"model.embed_tokens.weight": weight}, tmp_path / "a.safetensors")
     save_file({"model.embed_tokens.weight": weight * 1.1}, tmp_path / "b.safetensors")
-    command = [sys.executable, "-c", "from kslottery.cli import main; main()", "scan", "a.safetensors", "b.safetensors", "--out", "t"]
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell without job control starts its children deaf to it
+    command = [sys.executable, "-c", hearing + "from kslottery.cli import main; main()", "scan", "a.safetensors", "b.safetensors", "--out", "t"]
     side = tmp_path / "progress"
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "KSLOTTERY_PROGRESS": str(side)})
     for _ in range(600):
