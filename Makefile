@@ -36,7 +36,7 @@ run-real: .venv/ready ## the same on real text: DATA=<folder with train/en-XX.ts
 	  -p train_limit=600 -p test_limit=100 -p seed=$(SEED) -p out=runs/real $(REAL)
 
 test: .venv/ready ## notebooks clean and in sync, every notebook at its fast size, pytest, ruff
-	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check tests nbs/_render.py setup.py && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow and not gpu" $(PYTEST)
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check tests nbs/_render.py setup.py && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST)
 
 test-full: .venv/ready ## make test and what is slow: full sizes, several seeds
 	@$(BIN)/python -m pytest $(PYTEST)

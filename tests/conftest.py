@@ -72,13 +72,6 @@ def examples(n=24, low=5, high=40, seed=0):
     return made
 
 
-def pytest_collection_modifyitems(items):
-    "In parallel (make test), a file stays on one worker, which then makes its fixtures once; notebooks share nothing and go where there is room."
-    for item in items:
-        if item.path.name != "test_notebooks.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(params=ARCHITECTURES)
 def model(request):
     return tiny_model(request.param)
