@@ -12,6 +12,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,10 +113,10 @@ def count_matched(counts, ids, pool) -> np.ndarray:
     return np.sort(np.array([partner for _, partner in _partners(counts, ids, pool)], dtype=np.int64))
 
 # %% ../nbs/08b_audit.ipynb #b7f7a8c7
-def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool = False, singles: int = 4, seed: int = 0, train: bool = True) -> list[Arm]:
+def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool = False, singles: int = 4, draws: int = 3, seed: int = 0, train: bool = True) -> list[Arm]:
     """The arms of an audit, as data: leave some out, or add your own, and give the list to `audit_ticket`.
 
-    examples: the tuning examples, which say what occurs in the template and how often. fast: only the arms that the verdict needs. singles: how many rows of the ticket are tuned alone, best first.
+    examples: the tuning examples, which say what occurs in the template and how often. fast: only the arms that the verdict needs, one draw each. singles: how many rows of the ticket are tuned alone, best first. draws: how many times random rows, rows of the template and noise are drawn, with seeds `seed`, `seed` + 1, ...
     train: whether arms that must be trained can be. Arms that the ticket does not allow are left out: gates on shared rows, and whatever needs Embed-Tuned rows or training settings that are not there.
     """
     ids = tuple(int(i) for i in ticket.ids)
@@ -134,16 +135,17 @@ def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool 
     if mine.mode == "input_only":
         channels = ("instruction", "source", "history", "sentences") if fast else [c for c in CHANNELS if c != "everywhere"]
         arms += [Arm(f"only_{c}", {"sentences": "ticket read in source and history"}.get(c, f"ticket read in the {c}"), ids, "ticket", c) for c in channels]
-    controls = {
-        "random_rows": ("random words", sample_ids(words, len(ids), seed)),
-        "count_matched_rows": ("words that occur as often", count_matched(counts, ids, words)),
-        "template_rows": ("other rows of the template", sample_ids(np.setdiff1d(of_template, [*ids, tokenizer.eos_token_id]), len(ids), seed)),
-        "frequent_rows": ("most frequent rows", np.argsort(-counts, kind="stable")[: len(ids)]),
-        **{f"one_row_{i}": (f"only {say(i)}", [i]) for i in (ids[:1] if fast else [*ids[:singles], *bos, *newline]) if i in active and len(ids) > 1},
-    }
-    kept = ("random_rows", "count_matched_rows", *[name for name in controls if name.startswith("one_row")])
-    arms += [Arm(name, label, tuple(int(i) for i in chosen), "tuned", seed=seed) for name, (label, chosen) in controls.items() if len(chosen) and (not fast or name in kept)]
-    arms += [Arm("noise", "noise of the same size", ids, "noise", seed=seed)] + ([] if fast else [Arm("flipped", "opposite direction", ids, "flipped")])
+    drawn = [(n, f"_{n + 1}" if n else "", f" (draw {n + 1})" if n else "") for n in range(1 if fast else draws)]
+    random = lambda name, label, pool: [(name + tail, label + said, sample_ids(pool, len(ids), seed + n), seed + n) for n, tail, said in drawn]
+    controls = [
+        *random("random_rows", "random words", words),
+        ("count_matched_rows", "words that occur as often", count_matched(counts, ids, words), seed),
+        *([] if fast else random("template_rows", "other rows of the template", np.setdiff1d(of_template, [*ids, tokenizer.eos_token_id]))),
+        *([] if fast else [("frequent_rows", "most frequent rows", np.argsort(-counts, kind="stable")[: len(ids)], seed)]),
+        *((f"one_row_{i}", f"only {say(i)}", [i], seed) for i in dict.fromkeys(ids[:1] if fast else [*ids[:singles], *bos, *newline]) if i in active and len(ids) > 1),
+    ]
+    arms += [Arm(name, label, tuple(int(i) for i in chosen), "tuned", seed=s) for name, label, chosen, s in controls if len(chosen)]
+    arms += [Arm(f"noise{tail}", f"noise of the same size{said}", ids, "noise", seed=seed + n) for n, tail, said in drawn] + ([] if fast else [Arm("flipped", "opposite direction", ids, "flipped")])
     rest = [tuple(np.setdiff1d(some, ids).tolist()) for some in (everything, active)]
     arms += [Arm("all_but_ticket", "Embed Tuning without the ticket's rows", rest[0], "embed")]
     arms += [] if fast else [Arm("frozen_ticket", "ticket frozen, all other rows tuned", rest[1], "embed_tuned", seed=seed)]
@@ -184,10 +186,10 @@ def _percent(value):
 # %% ../nbs/08b_audit.ipynb #75cf3907
 _CHECKS = (
     ("outside", "Do the rows act outside the template?", ("only_sentences",), "above", True, "read only in the sentences and never in the template, the rows recover {} of the gain"),
-    ("controls", "Do other rows do the same?", ("random_rows", "count_matched_rows"), "below", True, "as many words tuned instead ({arm}) recover {}"),
-    ("noise", "Does any change of these rows do the same?", ("noise", "flipped"), "below", True, "{arm} in the same rows recovers {}"),
+    ("controls", "Do other rows do the same?", ("random_rows*", "count_matched_rows"), "below", True, "as many words tuned instead ({arm}) recover {}"),
+    ("noise", "Does any change of these rows do the same?", ("noise*", "flipped"), "below", True, "{arm} in the same rows recovers {}"),
     ("one_row", "Does one row do the same?", ("one_row_*",), "below", False, "one row alone ({arm}) recovers {}"),
-    ("selection", "Do other rows of the prompt do the same?", ("template_rows", "frequent_rows"), "below", False, "as many {arm} recover {}"),
+    ("selection", "Do other rows of the prompt do the same?", ("template_rows*", "frequent_rows"), "below", False, "as many {arm} recover {}"),
     ("necessary", "Is the ticket missed in the tuned model?", ("all_but_ticket",), "below", False, "with the ticket's rows put back, Embed Tuning keeps {} of its gain"),
     ("replaceable", "Is the ticket missed in tuning?", ("frozen_ticket",), "below", False, "with the ticket frozen and all other rows tuned, Embed Tuning keeps {} of its gain"),
 )
@@ -196,7 +198,7 @@ _CHECKS = (
 def _arm_checks(arms, recoveries, thresholds):
     "The checks that compare arms with a threshold."
     for name, question, wanted, want, decisive, phrase in _CHECKS:
-        found = [a for a in arms if any(a.name == w or w.endswith("*") and a.name.startswith(w[:-1]) for w in wanted)]
+        found = [a for a in arms if any(fnmatch(a.name, w) for w in wanted)]
         known = [a for a in found if recoveries[a.name].value is not None]
         best = max(known or found, key=lambda a: recoveries[a.name].value or 0.0, default=None)
         value = recoveries[best.name] if best else None
@@ -493,13 +495,14 @@ def template_membership(scan, examples: list[Example]) -> dict:
     }  # fmt: skip
 
 # %% ../nbs/08b_audit.ipynb #6da9d1f2
-def template_transfer(model, tokenizer, ticket: Ticket, test_pairs: list[Pair], templates, *, out, **options) -> dict[str, Decomposition]:
-    """The ticket's gain under other prompts than its own, split into content and stopping: the name of each template -> `Decomposition`.
+def template_transfer(model, tokenizer, ticket: Ticket, test_pairs: list[Pair], templates: dict, *, out, **options) -> dict[str, Decomposition]:
+    """The ticket's gain under other prompts than its own, split into content and stopping: the name of each prompt -> `Decomposition`.
 
-    templates: as for `get_template`. out: a folder; each template's texts are kept in it, as by `audit_ticket`, which also explains the options and errors.
+    templates: a name for each prompt -> a template, as for `get_template`. out: a folder; each prompt's texts are kept in it under its name, as by `audit_ticket`, which also explains the options and errors.
     """
     gains = {}
-    for template in map(get_template, templates):
+    for name, template in templates.items():
+        template = get_template(template)
         arms = plan_arms(tokenizer, ticket, encode_all(tokenizer, pairs=test_pairs, **_prompt_of(ticket, template)), train=False)[:2]
-        gains[template.name] = audit_ticket(model, tokenizer, ticket, [], test_pairs, out=Path(out) / template.name, arms=arms, template=template, **options).decomposition
+        gains[name] = audit_ticket(model, tokenizer, ticket, [], test_pairs, out=Path(out) / name, arms=arms, template=template, **options).decomposition
     return gains

@@ -214,6 +214,9 @@ def test_every_control_is_a_choice_of_rows(made, audited):
         assert not ids & set(arms[name].ids), name
     assert len(arms["random_rows"].ids) == len(ids) and {2, 7} <= {a.ids[0] for a in arms.values() if a.name.startswith("one_row")}  # BOS and the new line
     template = {i for e in encode_all(made[1], "babel", train, LANGUAGES) for i, r in zip(e.ids, e.roles) if r in (Role.INSTRUCTION, Role.SPECIAL)}
+    for name in ("random_rows", "noise"):  # three draws, each with a seed of its own
+        draws = [a for n, a in arms.items() if n == name or n.startswith(f"{name}_")]
+        assert [a.seed for a in draws] == [0, 1, 2] and (name == "noise" or len({a.ids for a in draws}) == 3)
     assert not template & set(arms["count_matched_rows"].ids) and set(arms["template_rows"].ids) <= template
     assert set(arms["all_but_ticket"].ids) | ids == set(ticket.embed_rows.ids.tolist())
     flipped = audit_module._rows_of(arms["flipped"], model, ticket, [], None, None, "", False)
@@ -319,10 +322,10 @@ def test_without_embed_rows_data_or_settings_it_says_what_it_cannot_tell(made, t
 
 def test_a_ticket_under_another_prompt(made, audited, tmp_path):
     model, tokenizer, ticket, _, test = made
-    short = get_template("From {source_language}: {source}\nTo {target_language}: {target}")
-    gains = template_transfer(model, tokenizer, ticket, test, ["babel", short], out=tmp_path, **OPTIONS)
-    assert gains["babel"] == audited[0].decomposition and gains["custom"].base != gains["babel"].base
-    assert sorted(p.name for p in (tmp_path / "custom" / "arms").iterdir()) == ["base.json", "ticket.json"]
+    asked = {"its own": "babel", "short": "From {source_language}: {source}\nTo {target_language}: {target}", "other": "{source_language}: {source}\n{target_language}: {target}"}
+    gains = template_transfer(model, tokenizer, ticket, test, asked, out=tmp_path, **OPTIONS)
+    assert gains["its own"] == audited[0].decomposition and len({repr(g.base) for g in gains.values()}) == 3  # two prompts without a name of their own stay apart
+    assert sorted(p.name for p in (tmp_path / "short" / "arms").iterdir()) == ["base.json", "ticket.json"]
 
 
 def test_shared_rows_are_audited_without_channels(tmp_path):
