@@ -5,7 +5,7 @@ SEED ?= 0
 RUN ?= runs/quickstart
 PORT ?= 8000
 
-.PHONY: help setup setup-browser run run-real test test-full docs docs-serve export notebooks clean bench-ks bench-bank bench-step bench-prefix audit-worlds
+.PHONY: help setup setup-browser run run-real test test-full docs docs-serve export notebooks clean bench-ks bench-bank bench-step bench-prefix audit-worlds stability
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -70,3 +70,6 @@ bench-prefix: .venv/ready ## a step with the template's prefix run once per batc
 
 audit-worlds: .venv/ready ## the audit in two worlds with a known answer, three seeds, two settings (about ten minutes)
 	@$(BIN)/python benchmarks/audit_worlds.py --out benchmarks/results/audit_worlds.json
+
+stability: .venv/ready ## which rows of a ticket come back, over three seeds (about five minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stability.py --out benchmarks/results/stability.json

@@ -15,26 +15,26 @@ from kslottery.core import write_json
 
 SETTINGS = {"tutorial": {}, "quickstart rates": {"lr_embed": 1.5e-3, "lr_partial": 1e-2, "epochs": 2}}
 CHANNELS = ("instruction", "source", "history", "sentences")
-TUTORIAL = Path(__file__).resolve().parent.parent / "nbs" / "tutorials" / "audit.ipynb"
+TUTORIALS = Path(__file__).resolve().parent.parent / "nbs" / "tutorials"
 
 
-def run(seed: int, folder: Path, **settings) -> dict:
-    "The results of one seed, from the folder or from a new run of the tutorial."
+def run(tutorial: str, seed: int, folder: Path, **settings) -> dict:
+    "The results of one seed of a tutorial, from the folder or from a new run."
     if not (folder / "results.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         parameters = {"seed": seed, "out": str(folder.resolve()), **settings}
-        papermill.execute_notebook(str(TUTORIAL), str(folder / "audit.ipynb"), parameters, kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(str(TUTORIALS / f"{tutorial}.ipynb"), str(folder / f"{tutorial}.ipynb"), parameters, kernel_name="python3", progress_bar=False)
     found = json.loads((folder / "results.json").read_text())
     if (found["seed"], found["fast"]) != (seed, False) or any(found["settings"][k] != v for k, v in settings.items()):
         raise ValueError(f"{folder} holds another run (seed {found['seed']}, fast: {found['fast']}, {found['settings']}): name another folder")
     return found
 
 
-def collect(runs: list[dict]) -> dict:
-    "The numbers of runs that have their settings in common, and which of them came out as built."
+def collect(runs: list[dict], kept=("worlds", "ending_row", "planted", "summary")) -> dict:
+    "What is kept of each run, by its seed, and the settings that all of them have in common."
     if any(r["settings"] != runs[0]["settings"] for r in runs):
         raise ValueError("the runs have different settings: run them again")
-    seeds = {str(r["seed"]): {k: r[k] for k in ("worlds", "ending_row", "planted", "summary")} for r in runs}
+    seeds = {str(r["seed"]): {k: r[k] for k in kept} for r in runs}
     return {**{k: runs[0][k] for k in ("settings", "sentences", "versions")}, "seeds": seeds}
 
 
@@ -48,7 +48,7 @@ def main():
     for name, settings in SETTINGS.items():
         runs = []
         for seed in args.seeds:
-            runs.append(run(seed, args.runs / f"{name.replace(' ', '_')}_seed{seed}", **settings))
+            runs.append(run("audit", seed, args.runs / f"{name.replace(' ', '_')}_seed{seed}", **settings))
             for world, r in runs[-1]["worlds"].items():
                 numbers = {"stopping": r["decomposition"]["share"], **{c: r["recoveries"][f"only_{c}"] for c in CHANNELS}}
                 said = ", ".join(f"{k} {'unknown' if v['value'] is None else round(v['value'], 2)}" for k, v in numbers.items())
