@@ -7,7 +7,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-run, docs = cfg["run_requirements"].split(), cfg["docs_requirements"].split()
+run, docs, spbleu = (cfg[f"{name}_requirements"].split() for name in ("run", "docs", "spbleu"))
 readme = here / "README.md"
 
 setup(
@@ -29,8 +29,8 @@ setup(
     extras_require={
         "run": run,
         "docs": docs,
-        "spbleu": cfg["spbleu_requirements"].split(),
-        "dev": run + docs + cfg["dev_requirements"].split(),
+        "spbleu": spbleu,
+        "dev": run + docs + spbleu + cfg["dev_requirements"].split(),
     },
     entry_points={"console_scripts": ["kslottery=kslottery.cli:main"], "nbdev": ["kslottery=kslottery._modidx:d"]},
     classifiers=[

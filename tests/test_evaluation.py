@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
+import sentencepiece
 import torch
 from scipy.stats import beta, binom
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -255,9 +256,8 @@ def test_kept_statistics_are_of_their_own_texts():
 
 
 def spm_model(folder):
-    spm = pytest.importorskip("sentencepiece")
     (folder / "text").write_text("\n".join(spoken(300)[0]), encoding="utf-8")
-    spm.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "tiny"), vocab_size=60, character_coverage=1.0, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "tiny"), vocab_size=60, character_coverage=1.0, minloglevel=2)
     return folder / "tiny.model"
 
 
@@ -301,7 +301,6 @@ def test_no_other_score_goes_by_the_name_of_spbleu(tmp_path, monkeypatch):
 
 
 def test_a_model_file_that_is_none_is_refused(tmp_path):
-    pytest.importorskip("sentencepiece")
     (tmp_path / "broken").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="broken is no SentencePiece model"):
         spbleu(path=tmp_path / "broken")
