@@ -23,7 +23,8 @@ def run(tutorial: str, seed: int, folder: Path, **settings) -> dict:
     if not (folder / "results.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         parameters = {"seed": seed, "out": str(folder.resolve()), **settings}
-        papermill.execute_notebook(str(TUTORIALS / f"{tutorial}.ipynb"), str(folder / f"{tutorial}.ipynb"), parameters, kernel_name="python3", progress_bar=False)
+        notebook = f"{tutorial}.ipynb"
+        papermill.execute_notebook(str(TUTORIALS / notebook), str(folder / notebook), parameters, kernel_name="python3", progress_bar=False)
     found = json.loads((folder / "results.json").read_text())
     if (found["seed"], found["fast"]) != (seed, False) or any(found["settings"][k] != v for k, v in settings.items()):
         raise ValueError(f"{folder} holds another run (seed {found['seed']}, fast: {found['fast']}, {found['settings']}): name another folder")

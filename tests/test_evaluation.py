@@ -257,7 +257,9 @@ def test_kept_statistics_are_of_their_own_texts():
 
 def spm_model(folder):
     (folder / "text").write_text("\n".join(spoken(300)[0]), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "tiny"), vocab_size=60, character_coverage=1.0, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tiny"), vocab_size=60, character_coverage=1.0, minloglevel=2
+    )
     return folder / "tiny.model"
 
 
