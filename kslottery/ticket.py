@@ -84,7 +84,7 @@ class Ticket:
     """A winning ticket: `ids` (k,) int64, best first, and whatever is known about them.
 
     rows: the ticket's tuned rows; embed_rows: all Embed-Tuned rows; scan: the scan that chose the ids; each may be None.
-    info: JSON-ready facts (model, revision, fingerprints, tokens, alpha, correction, settings, seed, versions). sentences: hashes of the tuning pairs.
+    info: JSON-ready facts (model, revision, fingerprints, tokens, alpha, correction, settings, seed, versions). sentences: hashes of the tuning pairs (`Pair.hash`).
     certificates: what has been proven about it (see `kslottery.certificate`). audit: what an audit found (`kslottery.audit.Audit.as_dict`), or None.
     """
 

@@ -85,6 +85,7 @@ def test_provenance_travels(ticket, loaded, fresh):
     "change, part",
     [
         (lambda t, p: dict(used=[*t.sentences, p[7].hash]), ":8 was used"),
+        (lambda t, p: dict(used=[*t.sentences, p[7]._replace(target="in other words").hash]), ":8 was used"),
         (lambda t, p: dict(used=[]), "not recorded"),
         (lambda t, p: dict(pairs=[]), "n = 0"),
     ],
