@@ -330,6 +330,6 @@ def collate(examples: list[Example], pad_id: int, left: bool = False) -> dict:
 
 
 def token_counts(examples: list[Example], size: int, role: Role | None = None) -> np.ndarray:
-    "How often each of `size` token ids occurs in the examples, in a given role or in any: (size,) int64."
+    "How often each of the `size` = V token ids occurs in the examples, in a given role or in any: (V,) int64."
     ids = [i for e in examples for i, r in zip(e.ids, e.roles) if role is None or r == role]
     return np.bincount(np.array(ids, dtype=np.int64), minlength=size)
