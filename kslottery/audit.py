@@ -23,7 +23,7 @@ from .criteria import equal_move_null
 from .data import Example, Pair, Role, encode_all, get_template, token_counts
 from .decomposition import Decomposition, Interval, decompose, forced_stop, recovery
 from .evaluation import Translation, score, signatures, translate
-from .losses import _prompt_of
+from .losses import ticket_prompt
 from .rows import TunedRows, input_embedding, sample_ids
 from .ticket import Ticket, model_fingerprints, versions
 from .tuning import active_ids, tune_rows
@@ -55,7 +55,7 @@ def split_template(examples: list[Example]) -> list[Example]:
 def opportunity(examples: list[Example], ids, translations: list[Translation] | None = None) -> dict[str, float]:
     """How often one of the token ids is read in each channel, per sentence.
 
-    examples: as from `split_template`; only their prompts count. translations: what was generated after them, for the history (without them, the history is taken as empty).
+    examples: as from `split_template`; only their prompts count. ids: (k,) integers. translations: what was generated after them, for the history (without them, the history is taken as empty). Source: this project.
     """
     ids, counts = set(np.asarray(ids).tolist()), dict.fromkeys(CHANNELS["everywhere"], 0)
     for n, e in enumerate(examples):
@@ -109,7 +109,10 @@ def _partners(counts, ids, pool):
 
 
 def count_matched(counts, ids, pool) -> np.ndarray:
-    "For each of the ids, most frequent first, the id of the `pool` whose count is nearest on a log scale, none twice: sorted, (k,) int64, or fewer if the pool is smaller."
+    """For each of the ids, most frequent first, the id of the pool whose count is nearest on a log scale, none twice: sorted, (k,) int64, or fewer if the pool is smaller.
+
+    counts: (V,) integers, how often each token occurs. ids: (k,) integers. pool: (p,) integers, who may be chosen. Source: a control of the audit; the way of matching is ours.
+    """
     return np.sort(np.array([partner for _, partner in _partners(counts, ids, pool)], dtype=np.int64))
 
 # %% ../nbs/08b_audit.ipynb #b7f7a8c7
@@ -118,6 +121,7 @@ def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool 
 
     examples: the tuning examples, which say what occurs in the template and how often. fast: only the arms that the verdict needs, one draw each. singles: how many rows of the ticket are tuned alone, best first. draws: how many times random rows, rows of the template and noise are drawn, with seeds `seed`, `seed` + 1, ...
     train: whether arms that must be trained can be. Arms that the ticket does not allow are left out: gates on shared rows, and whatever needs Embed-Tuned rows or training settings that are not there.
+    Source: the audit for the gates, the noise, count-matched rows and single rows; Yuan et al. 2025 for frequent rows and the frozen ticket; the others are ours.
     """
     ids = tuple(int(i) for i in ticket.ids)
     mine = ticket.rows if ticket.rows is not None else ticket.embed_rows
@@ -209,7 +213,10 @@ def _arm_checks(arms, recoveries, thresholds):
 
 # %% ../nbs/08b_audit.ipynb #d3f787ab
 def jaccard(a, b) -> float:
-    "The number of ids in both as a share of those in either: 1 for equal sets (and for two empty ones), 0 for disjoint ones."
+    """The number of ids in both as a share of those in either: 1 for equal sets (and for two empty ones), 0 for disjoint ones.
+
+    a, b: (k,) and (j,) integers, any iterables of ids. Source: Jaccard 1912.
+    """
     a, b = set(np.asarray(a).tolist()), set(np.asarray(b).tolist())
     return len(a & b) / len(a | b) if a | b else 1.0
 
@@ -217,7 +224,7 @@ def jaccard(a, b) -> float:
 def null_overlap(model, ticket: Ticket, draws: int = 5, seed: int = 0) -> Interval | None:
     """The share of the ticket's rows that the scan would select, at the ticket's size, had all tuned rows moved equally far: mean, lowest and highest of some draws.
 
-    None for a ticket without Embed-Tuned rows or without ids.
+    None for a ticket without Embed-Tuned rows or without ids. Raises as `kslottery.criteria.equal_move_null`. Source: this project.
     """
     if ticket.embed_rows is None or not len(ticket.ids):
         return None
@@ -359,7 +366,8 @@ def audit_ticket(
     model, tokenizer: the plain base model (moved to the accelerator if there is one). train_pairs: what the ticket was tuned on; empty if it is not at hand: arms that must be trained are then left out. test_pairs: sentences that nothing was tuned on.
     out: a folder; gets `arms/NAME.json` (texts and fingerprint), `audit.json`, `audit.md` and `audit.png`. fast: the first 50 test sentences, 200 bootstrap samples, and only the arms that the verdict needs.
     arms: a plan (default: `plan_arms`), with "base" and "ticket" first. thresholds: to replace some of `THRESHOLDS`. template: to test under (default: the ticket's, which the controls are trained under in any case). languages: default to the ticket's. max_new_tokens, num_beams, batch_size: as for `translate`. samples: of the bootstrap.
-    Raises ValueError for another model's ticket, an empty one or one without rows, test sentences that were used for tuning, training pairs that are not the ticket's, a plan that does not begin with base and ticket, and an unknown threshold.
+    Raises ValueError for another model's ticket, an empty one or one without rows, test sentences that were used for tuning, training pairs that are not the ticket's, a plan that does not begin with base and ticket, and an unknown threshold, and as `null_overlap` and `kslottery.evaluation.get_metric` do.
+    Source: the audit; what is added to it is named at `plan_arms`, `decompose` and `null_overlap`.
     """
     import torch
 
@@ -368,8 +376,8 @@ def audit_ticket(
     _refuse(model, tokenizer, ticket, train_pairs, test_pairs, thresholds or {})
     samples, limits = min(samples, 200) if fast else samples, THRESHOLDS | (thresholds or {})
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    own = _prompt_of(ticket, None if ticket.info.get("template") else template, languages)  # controls are trained under the ticket's prompt
-    train_set, test_set = encode_all(tokenizer, pairs=train_pairs, **own), encode_all(tokenizer, pairs=test_pairs, **_prompt_of(ticket, template, languages))
+    own = ticket_prompt(ticket, None if ticket.info.get("template") else template, languages)  # controls are trained under the ticket's prompt
+    train_set, test_set = encode_all(tokenizer, pairs=train_pairs, **own), encode_all(tokenizer, pairs=test_pairs, **ticket_prompt(ticket, template, languages))
     split, references, settings = split_template(test_set), [p.target for p in test_pairs], ticket.info.get("settings")
     arms = plan_arms(tokenizer, ticket, train_set or test_set, fast=fast, seed=seed, train=bool(train_set)) if arms is None else list(arms)
     if [a.name for a in arms[:2]] != ["base", "ticket"]:
@@ -457,7 +465,7 @@ def _write(audit, out):
 def overlap(a, b, k: int) -> dict[str, float]:
     """How much two scans of the same vocabulary agree: {"jaccard" of their best k rows, "rank_correlation" (Spearman) of the statistics over the rows that moved in either}.
 
-    Raises ValueError for scans of different vocabularies.
+    Raises ValueError for scans of different vocabularies. Source: the audit counts what two tickets share; Spearman 1904.
     """
     from scipy.stats import spearmanr
 
@@ -472,7 +480,7 @@ def template_membership(scan, examples: list[Example]) -> dict:
 
     Returns {"template" and "matched": median rank of the statistic among the rows that occur (1 is best), "pairs": their number, "wilcoxon_pvalue" (one-sided, of the pairs; None for fewer than 2),
     "rank_shift": ranks gained by membership at an equal rank of the count (ordinary least squares), "rank_shift_pvalue": two-sided}.
-    Raises ValueError if no token of the template, or none outside it, occurs.
+    Raises ValueError if no token of the template, or none outside it, occurs. Source: the audit compares the medians; Wilcoxon 1945.
     """
     from scipy.stats import rankdata, t, wilcoxon
 
@@ -498,11 +506,11 @@ def template_membership(scan, examples: list[Example]) -> dict:
 def template_transfer(model, tokenizer, ticket: Ticket, test_pairs: list[Pair], templates: dict, *, out, **options) -> dict[str, Decomposition]:
     """The ticket's gain under other prompts than its own, split into content and stopping: the name of each prompt -> `Decomposition`.
 
-    templates: a name for each prompt -> a template, as for `get_template`. out: a folder; each prompt's texts are kept in it under its name, as by `audit_ticket`, which also explains the options and errors.
+    templates: a name for each prompt -> a template, as for `get_template`. out: a folder; each prompt's texts are kept in it under its name, as by `audit_ticket`, which also explains the options and errors. Source: the audit (there with one paraphrase).
     """
     gains = {}
     for name, template in templates.items():
         template = get_template(template)
-        arms = plan_arms(tokenizer, ticket, encode_all(tokenizer, pairs=test_pairs, **_prompt_of(ticket, template)), train=False)[:2]
+        arms = plan_arms(tokenizer, ticket, encode_all(tokenizer, pairs=test_pairs, **ticket_prompt(ticket, template)), train=False)[:2]
         gains[name] = audit_ticket(model, tokenizer, ticket, [], test_pairs, out=Path(out) / name, arms=arms, template=template, **options).decomposition
     return gains

@@ -329,7 +329,7 @@ def build_world(seed: int = 0, size: str = "default", progress: bool = True) -> 
 
     size: "default" (half a million parameters, about a minute on two cores) or "small" (a quarter of the time, for tests).
     The same seed gives the same languages and sentences everywhere, and the same weights on the same machine. The global random state is left alone.
-    Raises ValueError for an unknown size.
+    Raises ValueError for an unknown size, FileExistsError if the cache holds something else in its place.
     """
     if size not in SIZES:
         raise ValueError(f"size is {size!r}: choose {', '.join(SIZES)}")
@@ -392,7 +392,7 @@ def resolve(name: str, seed: int = 0, size: str = "default") -> str:
     """The path behind a name: "babel" is the built-in model of this seed, "babel:test" one of its splits (train, dev, test, calibration), "babel:classify-test" a task's
     (translate, classify, summarise); any other name is returned as it is.
 
-    Raises ValueError for an unknown split or size.
+    Raises ValueError for an unknown split or size, and as `build_world` does.
     """
     if name != "babel" and not name.startswith("babel:"):
         return name

@@ -104,7 +104,7 @@ def ks_margin_bound(p_a, p_b, statistics, d: int, kappa: int = 1, delta: float |
     anew, is that of Embed Tuning if `holds`: the margin p_a - p_b exceeds `bound` = 2 * kappa * d * (sum of the KS distances). It says nothing about the greedy output of the model at hand.
 
     p_a, p_b: probabilities of the top answer and the runner-up under the tuned rows; or counts (times given, draws), which are replaced by exact one-sided limits.
-    p_b None means 1 - p_a. statistics: the KS statistics of the distinct tokens of the prefix that were touched and are not in the ticket. d: numbers in a row.
+    p_b None means 1 - p_a. statistics: (r,) floats, the KS statistics of the r distinct tokens of the prefix that were touched and are not in the ticket. d: numbers in a row.
     kappa: 1 if the answers are half-lines in each number, 2m for m intervals. delta: None if statistics and probabilities are the true ones; else it is shared in equal parts
     by the statistics and each counted probability. tokens: how many distinct tokens of the prefix were touched, ticket included; needed with delta, because the ticket was chosen by the same statistics.
     Raises ValueError for numbers outside their range, for counts without delta, and for statistics with delta but without tokens. Source: after Yuan et al. 2025, section 3; the bound and its constant are ours.
@@ -244,7 +244,10 @@ def _provenance(losses, vouched):
 
 # %% ../nbs/01_certificate.ipynb #451687f3
 def binomial_pvalue(values, epsilon: float, delta: float = 0.05) -> float:
-    "Exact p-value of the hypothesis that the risk is at least epsilon, for n losses of 0 or 1. Raises ValueError for others. `delta` is not used."
+    """Exact p-value of the hypothesis that the risk is at least epsilon.
+
+    values: (n,) floats, losses of 0 or 1. delta: not used. Raises ValueError for other losses. Source: the binomial test, as in Clopper and Pearson 1934.
+    """
     from scipy.stats import binom
 
     values = np.asarray(values, dtype=np.float64)
@@ -254,7 +257,10 @@ def binomial_pvalue(values, epsilon: float, delta: float = 0.05) -> float:
 
 
 def hoeffding_bentkus_pvalue(values, epsilon: float, delta: float = 0.05) -> float:
-    "A valid p-value of the hypothesis that the risk is at least epsilon, for n losses in [0, 1] (Bates et al. 2021, section 3.1). `delta` is not used."
+    """A valid p-value of the hypothesis that the risk is at least epsilon: Hoeffding-Bentkus.
+
+    values: (n,) floats in [0, 1]. delta: not used. Source: Bates et al. 2021, section 3.1.
+    """
     from scipy.special import rel_entr
     from scipy.stats import binom
 
@@ -265,10 +271,11 @@ def hoeffding_bentkus_pvalue(values, epsilon: float, delta: float = 0.05) -> flo
 
 
 def betting_pvalue(values, epsilon: float, delta: float = 0.05) -> float:
-    """A valid p-value of the hypothesis that the risk is at least epsilon, for n losses in [0, 1], which are shuffled first (by a fixed seed): the order of a file must not matter.
+    """A valid p-value of the hypothesis that the risk is at least epsilon: 1 / (the largest wealth of a gambler who bets on small losses).
 
-    1 / (the largest wealth of a gambler who bets on small losses). The stakes are those of Waudby-Smith and Ramdas (2024, section 4.2), tuned to reach 1/delta; valid for every delta.
+    values: (n,) floats in [0, 1]; they are shuffled first (by a fixed seed): the order of a file must not matter. delta: the stakes are tuned to reach 1/delta; valid for every delta.
     Where by chance small losses come first and large ones last, the bound may lie below the observed mean: it is valid all the same.
+    Source: Waudby-Smith and Ramdas 2024, section 4.2 for the stakes.
     """
     x = np.asarray(values, dtype=np.float64)
     x = x[np.random.default_rng(0).permutation(len(x))]
@@ -294,7 +301,8 @@ def risk_bound(values, delta: float, method: str = "clopper-pearson") -> float:
     """An upper bound of the risk, from n independent losses.
 
     With probability at least 1 - delta over the draw of the losses, their expectation is at most this number: the smallest epsilon in [0, 1] whose p-value by `method` is at most delta.
-    values: (n,) in [0, 1]; "clopper-pearson" takes 0 and 1 only. Raises ValueError for an unknown method, unfit losses, or delta outside (0, 1).
+    values: (n,) floats in [0, 1]; "clopper-pearson" takes 0 and 1 only. Raises ValueError for an unknown method, unfit losses, or delta outside (0, 1).
+    Source: as of `certify_agreement`.
     """
     pvalue, values = _pvalue_of(method), Losses(values, vouched=True).values
     _inside("delta", delta)
@@ -313,7 +321,7 @@ def certify_agreement(losses, delta: float, method: str = "clopper-pearson", eps
 
     With probability at least 1 - delta over the draw of the calibration units, the risk (the expected loss of a new unit) is at most `bound`.
 
-    losses: `Losses`, or n bare numbers in [0, 1] with vouched=True. method: "clopper-pearson" (losses of 0 or 1), "hoeffding-bentkus" or "betting" (any).
+    losses: `Losses`, or bare numbers, (n,) floats in [0, 1], with vouched=True. method: "clopper-pearson" (losses of 0 or 1), "hoeffding-bentkus" or "betting" (any).
     epsilon: the tolerance asked for, if any; the certificate then holds only if `bound` is at most epsilon. Without it, it holds unless the bound is vacuous (1 or more).
     For "quality_difference", bound and epsilon are differences from -1 to 1. Raises ValueError for delta outside (0, 1), epsilon outside it, bad losses or a method that does not fit them.
     Source: Clopper and Pearson 1934; Bates et al. 2021; Waudby-Smith and Ramdas 2024.
@@ -337,7 +345,8 @@ def certify_agreement(losses, delta: float, method: str = "clopper-pearson", eps
 def sentences_needed(epsilon: float, delta: float, method: str = "clopper-pearson", perfect: float = 0.0) -> int:
     """The least number of calibration units with which a ticket that equals the reference certifies a risk of at most epsilon at confidence 1 - delta.
 
-    For 0/1 losses it is ceil(ln delta / ln(1 - epsilon)). perfect: the loss of such a ticket, 0.5 for "quality_difference" (with epsilon on the same scale). Raises ValueError for levels outside (0, 1).
+    For 0/1 losses it is ceil(ln delta / ln(1 - epsilon)). perfect: the loss of such a ticket, 0.5 for "quality_difference" (with epsilon on the same scale). Raises ValueError for levels outside (0, 1), an unknown method, or a tolerance that no number of units can show.
+    Source: the p-values of `certify_agreement`, solved for n.
     """
     _inside("delta", delta), _inside("epsilon", epsilon)
     enough = lambda n: _pvalue_of(method)(np.full(n, perfect), epsilon, delta) <= delta * (1 + 1e-12)

@@ -100,7 +100,7 @@ def scan_checkpoints(base, tuned, tensor: str | None = None, **options) -> Scan:
     """KS-scan one matrix of two checkpoints, reading both a few rows at a time.
 
     base, tuned: whatever `Checkpoint` opens. tensor: its name (default: the input embedding). options: as for `ks_scan` (progress, decide, round, engine).
-    Returns a `Scan`. Raises FileNotFoundError or ValueError in one sentence for what is missing, damaged, or does not match.
+    Returns a `Scan`. Raises FileNotFoundError or ValueError in one sentence for what is missing, damaged, or does not match, and as `ks_scan` does.
     """
     base, tuned = open_pair(base, tuned)
     name = tensor or base.embedding()

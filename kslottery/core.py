@@ -92,7 +92,7 @@ def run_folder(path, names) -> Path:
 
 
 def write_json(path, value):
-    "Write `value` as JSON (UTF-8, indented) under a temporary name, then rename it to `path`. NaN is refused (ValueError)."
+    "Write `value` as JSON (UTF-8, indented) under a temporary name, then rename it to `path`. Raises ValueError for NaN and infinities."
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -32,10 +32,11 @@ CRITERIA = ("ks", *ROW_STATISTICS, "sign", "lota", "frequency")
 def scan_rows(before, after, criterion: str = "ks", *, counts=None, lota_share: float = 0.1, progress: bool = False, round: bool = False) -> Scan:
     """Scan the rows of two matrices by any criterion.
 
-    before, after: (V, d) as for `kslottery.ks.ks_scan`. criterion: one of `CRITERIA`. counts: (V,) how often each token occurs, for "frequency".
+    before, after: (V, d) as for `kslottery.ks.ks_scan`. criterion: one of `CRITERIA`. counts: (V,) integers, how often each token occurs, for "frequency".
     lota_share: which share of all entries counts as large, for "lota".
     Returns a `Scan` of (V,) statistics, larger meaning more; `pvalue` is None except for "ks" and "sign".
     Raises as `ks_scan`, and ValueError for an unknown criterion, missing counts or a share outside (0, 1). NaN is refused; infinities give infinite or undefined distances.
+    Source: Yuan et al. 2025 for "ks" and "frequency"; Panda et al. 2024 (LoTA) for "lota", here read by rows; the others are distances and a sign test as in any textbook.
     """
     d = int(before.shape[1])
     options = dict(progress=progress, round=round, label=f"{criterion} scan")
@@ -78,7 +79,7 @@ def equal_move_null(before, after, seed: int = 0) -> Scan:
     """The KS scan of a simulated move that is the same for all rows: each row that moved is shifted by the common root-mean-square of all of them, in a random direction.
 
     before, after: (V, d) of one floating dtype. Returns a `Scan` of V rows (statistic 0 where nothing moved). Compare its ranking with the real scan's.
-    Raises as `ks_scan`.
+    Raises as `ks_scan`. Source: this project.
     """
     shift = scan_rows(before, after, "l2").statistic
     active, d = np.flatnonzero(shift > 0), int(before.shape[1])

@@ -113,7 +113,8 @@ def decompose(
     mostly: the share from which on the gain is said to be one thing. At 0.8 the other part is at most a quarter of it; the published ticket lies at 0.94. The verdict is "stopping" if the share
     is at least `mostly` and "content" if it is at most 1 - `mostly`, and in both cases the interval must lie on that side of one half, else "cannot tell"; "mixed" in between, unless the interval
     reaches both ends. "cannot tell" too where the interval of the whole gain does not lie above 0.
-    Raises ValueError for lists of different lengths or different sentences, or an unknown metric.
+    Raises ValueError for lists of different lengths or different sentences, and as `kslottery.evaluation.get_metric` does.
+    Source: the audit for the split; Koehn 2004 for resampling sentences; the verdict is ours.
     """
     systems = [(t, rule) for t in (base, tuned) for rule in ("whole", "first_line")]
     scores = _resampled(systems, references, metric, samples, seed)
@@ -144,7 +145,7 @@ def recovery(
     """The share of the gain of `full` over `base` that `arm` recovers, (arm - base) / (full - base), with its paired-bootstrap interval.
 
     Arguments as for `decompose`; rule: a name in `EXTRACTIONS`, or a rule. All None where the interval of the gain of `full` does not lie above 0. Sufficiency of a ticket is the recovery of
-    the ticket alone; necessity is 1 - the recovery of all but the ticket. Raises ValueError as `decompose` does, or for an unknown rule.
+    the ticket alone; necessity is 1 - the recovery of all but the ticket. Raises ValueError as `decompose` does, or for an unknown rule. Source: the audit.
     """
     b, f, a = _resampled([(t, rule) for t in (base, full, arm)], references, metric, samples, seed)
     return _ratio(a - b, f - b, confidence)
@@ -153,7 +154,7 @@ def recovery(
 def forced_stop(base: list[Translation], tuned: list[Translation], tokenizer) -> list[Translation]:
     """The base model's continuations, cut where the tuned model stopped: after the same number of tokens, EOS not counted.
 
-    A continuation that is already shorter stays as it is. Raises ValueError for different sentences, or translations without their tokens.
+    A continuation that is already shorter stays as it is. Raises ValueError for different sentences, or translations without their tokens. Source: this project.
     """
     if [t.id for t in base] != [t.id for t in tuned]:
         raise ValueError("the systems translate different sentences: give translations with the same ids in the same order")

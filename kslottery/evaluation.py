@@ -43,7 +43,7 @@ def translate(
 
     rows: `TunedRows` to read, or None; read_by: the roles that may read them (default: all). max_new_tokens: per translation.
     Returns one `Translation` an example, in their order. Generation ends at any EOS token that the tokenizer or the model's generation config names.
-    Raises ValueError if there are no examples, or as `TunedRows.applied` does.
+    Raises ValueError if there are no examples, or as `TunedRows.applied` does. Source: greedy as in the audit; beams, left padding and 256 tokens as in the authors' scripts.
     """
     import contextlib
 
@@ -91,17 +91,17 @@ class Extraction(NamedTuple):
 
 
 def whole(text: str) -> str:
-    "The whole continuation on one line."
+    "The whole continuation on one line. Source: the authors' scripts score all of it."
     return " ".join(text.split())
 
 
 def first_line(text: str) -> str:
-    "The first line that is not blank (the audit scores this)."
+    "The first line that is not blank. Source: the audit."
     return whole(text.strip().split("\n")[0])
 
 
 def authors(text: str) -> str:
-    "What the authors' scripts take (see above)."
+    "What stands before the next `### Response:`, new lines as spaces, and of that what is marked as a paragraph. Source: the authors' scripts."
     text = text.split("### Response:")[0].strip().replace("\n", " ")
     return text.split("</p>")[0].split("<p>")[-1] if "</p>" in text else text
 
@@ -122,7 +122,7 @@ def _restart(name, fields):
 
 
 def restart(template: str | Template, languages: tuple[str, str] | None = None) -> Extraction:
-    "The rule that cuts a continuation where it starts a field of this template again, at the start of a line or after a space; what is left goes on one line."
+    "The rule that cuts a continuation where it starts a field of this template again, at the start of a line or after a space; what is left goes on one line. Raises as `prompt_fields`. Source: this project."
     return _restart(f"restart({get_template(template).name})", prompt_fields(template, languages))
 
 
@@ -154,10 +154,11 @@ class _Spm:
 
 
 def spbleu(references: list[list[str]] | None = None, tokenizer: str = "flores101", path=None):
-    """sacrebleu's BLEU over the pieces of the Flores tokenizers (spBLEU, Goyal et al. 2022).
+    """sacrebleu's BLEU over the pieces of the Flores tokenizers (spBLEU).
 
     tokenizer: "flores101" or "flores200". path: its SentencePiece model (default: sacrebleu's own, downloaded if need be).
     Raises ImportError without `sentencepiece`; FileNotFoundError if there is no model file and it cannot be downloaded; ValueError if the file is no SentencePiece model.
+    Source: Goyal et al. 2022; Post 2018 (sacrebleu).
     """
     import importlib.util
 
@@ -221,6 +222,7 @@ def get_metric(name: str, references: list[str] | None = None):
     """sacrebleu's metric of this name, ready to score against these references, or against those it is given later.
 
     Raises ValueError for a name that is not in `METRICS`, or as `spbleu` does.
+    Source: Post 2018 (sacrebleu); Papineni et al. 2002 (BLEU); Popović 2015 (chrF); Snover et al. 2006 (TER).
     """
     return _maker(name)([references] if references is not None else None)
 
@@ -240,7 +242,7 @@ def score(translations: list[Translation], references: list[str], *, rules=RULES
     rules: names in `EXTRACTIONS`, or rules; metrics: names in `METRICS`. Returns {"whole": {"bleu", "chrf"}, "first_line": {"bleu", "chrf"}, "eos_rate", "mean_length", "signatures"},
     one entry for each rule: corpus scores by sacrebleu, from 0 to 100 (TER from 0 up); the share of translations that ended with EOS; the mean number of characters of the whole
     continuation; what to quote beside each score, as rule -> metric -> signature.
-    Raises ValueError if the two lists differ in length or are empty, or for an unknown rule or metric.
+    Raises ValueError if the two lists differ in length or are empty, or for an unknown rule, and as `get_metric` does. Source: the audit for scoring twice; `get_metric` for the metrics.
     """
     made = {name: get_metric(name, references) for name in metrics}
     rules = [get_extraction(r) for r in rules]
@@ -255,7 +257,7 @@ def score(translations: list[Translation], references: list[str], *, rules=RULES
 
 
 def signatures(references: list[str], *, metrics=("bleu", "chrf")) -> dict[str, str]:
-    "sacrebleu's signature of each metric, without a rule."
+    "sacrebleu's signature of each metric, without a rule. Raises as `get_metric`."
     return {name: str(get_metric(name, references[:1]).get_signature()) for name in metrics}
 
 # %% ../nbs/07_evaluation.ipynb #a6e288f0
@@ -265,7 +267,7 @@ def comet(
     """Score translations by COMET's own command line: {"comet" (the mean), "sentences" (n floats), "signature"}.
 
     sources: the texts that were translated; model: a COMET model's name or .ckpt file; command: the path of `comet-score` in COMET's own environment; gpus: 0 scores on the CPU.
-    Raises FileNotFoundError if there is no such command, RuntimeError if it fails, ValueError if the lists differ in length.
+    Raises FileNotFoundError if there is no such command, RuntimeError if it fails, ValueError if the lists differ in length. Source: Rei et al. 2020.
     """
     if shutil.which(command) is None:
         raise FileNotFoundError(f"{command} is no command here: install unbabel-comet into an environment of its own and give the path of its comet-score")
@@ -299,19 +301,19 @@ def _statistics(make, texts, references):
 
 
 def sentence_statistics(translations: list[Translation], references: list[str], *, rule="whole", metric: str = "bleu") -> np.ndarray:
-    "What sacrebleu counts in each sentence, (n, s) float64, not to be written to: sums of rows go to `score_statistics`. Raises as `score` does."
+    "What sacrebleu counts in each sentence, (n, s) float64, not to be written to: sums of rows go to `score_statistics`. Raises as `score` does. Source: Post 2018 (sacrebleu)."
     texts = _texts(translations, references, rule)
     return _statistics(_maker(metric), tuple(texts), tuple(references))
 
 
 def score_statistics(sums: np.ndarray, metric: str = "bleu") -> np.ndarray:
-    "The corpus scores, (m,), of m sums of sentence statistics, (m, s)."
+    "The corpus scores, (m,) float64, of `sums`: m sums of sentence statistics, (m, s) floats. Raises as `get_metric`. Source: Post 2018 (sacrebleu)."
     made = get_metric(metric)
     return np.array([made._compute_score_from_stats(row).score for row in np.asarray(sums).tolist()])
 
 
 def sentence_scores(translations: list[Translation], references: list[str], *, rule="whole", metric: str = "bleu") -> np.ndarray:
-    "The score of each sentence alone: (n,) float64. Raises as `score` does."
+    "The score of each sentence alone: (n,) float64. Raises as `score` does. Source: Post 2018 (sacrebleu), with effective order for BLEU."
     made = get_metric(metric)
     if hasattr(made, "effective_order"):
         made.effective_order = True
@@ -338,11 +340,11 @@ def _paired(systems, references, rule, metrics, method, n_samples):
 def paired_bootstrap(
     systems: dict[str, list[Translation]], references: list[str], extraction: str | Extraction = "whole", n_samples: int = 1000, *, metrics=("bleu", "chrf")
 ) -> dict[str, dict]:
-    """Compare systems with the first of them by sacrebleu's paired bootstrap (Koehn 2004).
+    """Compare systems with the first of them by sacrebleu's paired bootstrap.
 
     systems: name -> translations of the same sentences; extraction: a name in `EXTRACTIONS`, or a rule; metrics: names in `METRICS`.
     Returns name -> metric -> {"score", "mean", "ci" (half-width of the 95% interval), "pvalue" (None for the first system)}. The seed is sacrebleu's (12345, or SACREBLEU_SEED).
-    Raises ValueError for an unknown extraction or lists of different lengths.
+    Raises ValueError for an unknown extraction or lists of different lengths, and as `get_metric` does. Source: Koehn 2004.
     """
     return _paired(systems, references, extraction, metrics, "bs", n_samples)
 
@@ -350,9 +352,9 @@ def paired_bootstrap(
 def approximate_randomisation(
     systems: dict[str, list[Translation]], references: list[str], extraction: str | Extraction = "whole", n_samples: int = 10000, *, metrics=("bleu", "chrf")
 ) -> dict[str, dict]:
-    """Compare systems with the first of them by sacrebleu's approximate randomisation (Riezler and Maxwell 2005).
+    """Compare systems with the first of them by sacrebleu's approximate randomisation.
 
-    Arguments and errors as for `paired_bootstrap`; n_samples: trials. Returns name -> metric -> {"score", "pvalue" (None for the first system)}.
+    Arguments and errors as for `paired_bootstrap`; n_samples: trials. Returns name -> metric -> {"score", "pvalue" (None for the first system)}. Source: Riezler and Maxwell 2005.
     """
     return _paired(systems, references, extraction, metrics, "ar", n_samples)
 
@@ -360,7 +362,7 @@ def approximate_randomisation(
 def accuracy(correct, confidence: float = 0.95) -> dict:
     """The share of right answers with its exact (Clopper-Pearson) interval: {"accuracy", "ci" (low, high), "n"}, all from 0 to 1.
 
-    correct: (n,) booleans. The interval covers the choice of questions. Raises ValueError if there are none.
+    correct: (n,) booleans. The interval covers the choice of questions. Raises ValueError if there are none. Source: Clopper and Pearson 1934.
     """
     from scipy.stats import binomtest
 
@@ -387,7 +389,7 @@ def loglikelihood(
     """Log-probability of each example's target given its prompt, the EOS not counted: (n,) float64, natural logarithm.
 
     rows, read_by: as for `translate` (the target's tokens have `Role.TARGET`). The softmax is taken in fp32, at the target's positions only.
-    Raises ValueError if there are no examples, or as `TunedRows.applied` does.
+    Raises ValueError if there are no examples, or as `TunedRows.applied` does. Source: as in lm-evaluation-harness, which does not count the EOS either.
     """
     import contextlib
 
@@ -432,7 +434,7 @@ def multiple_choice(
     pairs: each question's prompt (`source`) and right answer (`target`). choices: the possible answers, as one list for all questions or one list a question; they are
     compared and scored as they are written, a space at the front included. template, languages: as for `encode_all`. rows, read_by: as for `loglikelihood`.
     Returns one `Choice` a question, in their order; `score_choices` sums them up.
-    Raises ValueError for no questions, choices that are fewer than two, repeated or empty, or a right answer that is not among them.
+    Raises ValueError for no questions, choices that are fewer than two, repeated or empty, or a right answer that is not among them. Source: lm-evaluation-harness.
     """
     if not pairs:
         raise ValueError("there are no questions to answer")
@@ -457,7 +459,7 @@ def multiple_choice(
 
 
 def score_choices(results: list[Choice]) -> dict:
-    'Accuracy by log-likelihood and by log-likelihood per character: {"acc", "acc_norm"}, each as from `accuracy` (the names of lm-evaluation-harness).'
+    'Accuracy by log-likelihood and by log-likelihood per character: {"acc", "acc_norm"}, each as from `accuracy`. Raises as `accuracy`. Source: lm-evaluation-harness, whose names these are.'
     return {
         "acc": accuracy([int(np.argmax(r.loglikelihood)) == r.answer for r in results]),
         "acc_norm": accuracy([int(np.argmax(r.per_character)) == r.answer for r in results]),

@@ -180,7 +180,7 @@ def _check_pair(before, after, round):
 def map_rows(function, before, after, *, round: bool = False, progress: bool = False, label: str = "Scanning rows") -> np.ndarray:
     """Apply `function(before_chunk, after_chunk) -> (n,) values` to two matrices, chunk by chunk and in threads; returns (V,) values.
 
-    The chunks are float32 or float64 numpy arrays without NaN. round: round both sides to the coarser dtype first if they differ.
+    before, after: (V, d) as for `ks_statistic`; the chunks of them that the function gets are (n, d) numpy arrays, float32 or float64. round: round both sides to the coarser dtype first if they differ.
     Raises ValueError for different shapes, different dtypes (unless `round`), an empty row or NaN; TypeError for values that are not floating point.
     """
     round_to = _check_pair(before, after, round)
@@ -291,8 +291,8 @@ def critical_value(alpha: float, d: int, method: str = "exact") -> float:
     """The smallest KS statistic that is significant at level `alpha` for rows of length `d`.
 
     method: "exact" gives k/d with the smallest integer k whose exact p-value is below alpha (`inf` if even D = 1 is not: d is too small);
-    "asymptotic" gives tau(alpha) = sqrt(-ln(alpha/2)/2) * sqrt(2/d), the formula of Yuan et al. 2025.
-    Raises ValueError if alpha is outside (0, 1), d < 1 or the method is unknown.
+    "asymptotic" gives tau(alpha) = sqrt(-ln(alpha/2)/2) * sqrt(2/d), the paper's formula.
+    Raises ValueError if alpha is outside (0, 1), d < 1 or the method is unknown. Source: Yuan et al. 2025, section 3; the exact value is that of `ks_pvalue`.
     """
     _check_alpha(alpha)
     if d < 1:

@@ -30,8 +30,8 @@ def _plain(text):
 def plot_scan(scan: Scan, counts, tokens: dict[int, str], alpha: float = 0.05, ax=None, names: int = 12):
     """Statistic against training frequency, the critical value drawn, the best rows named.
 
-    scan: of V rows; counts: (V,) how often each token occurs in the tuning data; tokens: id -> string, for the rows to name; names: how many of them.
-    Rows that never occur are left out (they cannot move). Returns the axes.
+    scan: of V rows; counts: (V,) integers, how often each token occurs in the tuning data; tokens: id -> string, for the rows to name; names: how many of them.
+    Rows that never occur are left out (they cannot move). Returns the axes. Raises as `kslottery.ks.Scan.select`.
     """
     import matplotlib.pyplot as plt
 

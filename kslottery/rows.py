@@ -128,7 +128,7 @@ def read_rows(model, tickets, choice=None, roles=None, read_by=None):
 class TunedRows(torch.nn.Module):
     """Rows for a few token ids, to be read instead of a model's own.
 
-    ids: k distinct token ids (kept sorted). rows: (k, d), kept as a trainable fp32 parameter; row j belongs to the j-th id as given.
+    ids: (k,) integers, distinct token ids (kept sorted). rows: (k, d) floats, kept as a trainable fp32 parameter; row j belongs to the j-th id as given.
     mode: "input_only", or "shared" (for a model that ties input and output embeddings): the output scores these ids by the same rows.
     Raises ValueError for ids that repeat, are negative, or do not match the rows, for rows that hold NaN or infinity, and for another mode.
     """
@@ -150,7 +150,10 @@ class TunedRows(torch.nn.Module):
 
     @classmethod
     def of(cls, model, ids, mode: str = "input_only"):
-        "The model's own rows of some ids, as a starting point. Raises ValueError for an id outside the embedding (which may have more rows than the tokenizer has tokens)."
+        """The model's own rows of some ids, as a starting point.
+
+        ids: (k,) integers. Raises ValueError for an id outside the embedding (which may have more rows than the tokenizer has tokens).
+        """
         weight = whole_weight(input_embedding(model))
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and not (0 <= ids.min() and ids.max() < len(weight)):
@@ -189,7 +192,7 @@ class TunedRows(torch.nn.Module):
 
     def write(self, model):
         """Write the rows into the model's input embedding, rounded to its dtype, and return it. If its output embedding is tied, `input_only` rows untie it first, so that
-        the output stays as it was; `shared` rows keep the tie and change both.
+        the output stays as it was; `shared` rows keep the tie and change both. Raises as `fits`.
         """
         weight, head = input_embedding(model).weight, model.get_output_embeddings()
         self.fits(model)
@@ -201,11 +204,11 @@ class TunedRows(torch.nn.Module):
         return model
 
     def merged(self, model):
-        "A copy of `model` with the rows written into it, see `write`; the model itself is not touched."
+        "A copy of `model` with the rows written into it, see `write`; the model itself is not touched. Raises as `fits`."
         return self.write(copy.deepcopy(model))
 
     def restrict(self, ids):
-        "Only the rows of some of the ids: Partial Transfer, or all but the ticket. Raises ValueError for an id that has no row."
+        "Only the rows of some of these ids, `ids`, (j,) integers: Partial Transfer, or all but the ticket. Raises ValueError for an id that has no row."
         ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
         missing = ids[~torch.isin(ids, self.ids)]
         if len(missing):
@@ -237,7 +240,7 @@ class TunedRows(torch.nn.Module):
         return TunedRows(ids, torch.lerp(self._over(model, ids), other._over(model, ids), weight), self.mode)
 
     def scale(self, model, factor: float):
-        "The shift from the plain base `model`, times a factor: 0 gives the model's own rows, 1 these."
+        "The shift from the plain base `model`, times a factor: 0 gives the model's own rows, 1 these. Raises as `fits`."
         return TunedRows.of(model, self.ids, self.mode).interpolate(self, model, factor)
 
     def _over(self, model, ids):
@@ -251,11 +254,11 @@ class TunedRows(torch.nn.Module):
             raise ValueError(f"one side is {self.mode}, the other {other.mode}: two different models, which cannot be one")
 
     def delta(self, model):
-        "The shift from the model's own rows: (k, d) fp32."
+        "The shift from the model's own rows: (k, d) fp32. Raises as `fits`."
         return self.rows.detach() - TunedRows.of(model, self.ids).rows.detach().to(self.rows.device)
 
     def noise(self, model, seed: int = 0):
-        "The control: the same ids, each moved as far (in L2 norm) but in a random direction."
+        "The control: the same ids, each moved as far (in L2 norm) but in a random direction. Raises as `fits`."
         delta = self.delta(model)
         random = torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed)).to(delta)
         random *= delta.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)

@@ -37,7 +37,7 @@ def _tokenizer_state(tokenizer):
 
 
 def model_fingerprints(model, tokenizer) -> dict[str, str]:
-    "What a ticket recognises its model by: SHA-256 of the input embedding and of the tokenizer."
+    "What a ticket recognises its model by: SHA-256 of the input embedding and of the tokenizer. Raises as `kslottery.rows.input_embedding`."
     return {"embedding": fingerprint(input_embedding(model).weight), "tokenizer": fingerprint(_tokenizer_state(tokenizer))}
 
 
@@ -101,7 +101,7 @@ class Ticket:
     def make(cls, model, tokenizer, ids, *, name: str, revision: str | None = None, scan=None, rows=None, embed_rows=None, sentences=(), **facts):
         """A ticket for `model`, fingerprinted.
 
-        ids: the chosen token ids, best first. name: what the model is called (folder or Hub id). facts: anything JSON-ready worth keeping (alpha, correction, template, settings, seed).
+        ids: (k,) integers, the chosen token ids, best first. name: what the model is called (folder or Hub id). facts: anything JSON-ready worth keeping (alpha, correction, template, settings, seed).
         Raises ValueError if rows are given for other ids than the ticket's.
         """
         ids = np.asarray(ids, dtype=np.int64)
@@ -115,8 +115,9 @@ class Ticket:
     def from_checkpoints(cls, base, tuned, ids, scan, *, tensor: str | None = None, tokenizer=None, tied: bool = False, mode: str = "input_only", **facts):
         """A ticket from a bare scan of two checkpoints, without building a model: it has no data and no template, and the tuned checkpoint is its reference.
 
-        base, tuned: `kslottery.checkpoints.Checkpoint`. ids, scan: of the tensor named (default: the input embedding, whose tuned rows the ticket then holds).
+        base, tuned: `kslottery.checkpoints.Checkpoint`. ids: (k,) integers, best first; they and scan are of the tensor named (default: the input embedding, whose tuned rows the ticket then holds).
         tied: whether the base ties input and output embeddings. mode: "shared" if the tuned checkpoint ties them too: what moved then moved in both places.
+        Raises ValueError if no input embedding is recognised, for a tensor that is not there, and as `TunedRows` does.
         """
         name, ids = tensor or base.embedding(), np.asarray(ids, dtype=np.int64)
         is_embedding = tensor is None or tensor == base.embedding()

@@ -50,8 +50,8 @@ class _HeadLoss(torch.autograd.Function):
 def target_loss(hidden, labels, head, count=None):
     """The causal LM loss, computed only where there is a target, for a head that is frozen: the same loss and gradients as the plain way, in less time and memory.
 
-    hidden: (B, T, d), what the head reads. labels: (B, T) int64, -100 where there is no loss; position t is predicted from t - 1. head: a linear layer (V, d).
-    count: what the sum is divided by (default: the number of targets). Logits and loss are fp32, 64 MB of logits at a time.
+    hidden: (B, T, d) floats, what the head reads. labels: (B, T) int64, -100 where there is no loss; position t is predicted from t - 1. head: a linear layer, its weight (V, d).
+    count: what the sum is divided by (default: the number of targets). Logits and loss are fp32, 64 MB of logits at a time. Source: this project.
     """
     labels = labels[:, 1:].to(hidden.device)
     at = labels != -100
@@ -330,7 +330,7 @@ def tune_rows(
 ) -> TunedRows:  # fmt: skip
     """Train the rows of some token ids, from the model's own, with everything else frozen.
 
-    model: any Hugging Face causal LM (its weights are not changed). ids: the rows that learn. examples: as from `encode_all`.
+    model: any Hugging Face causal LM (its weights are not changed). ids: (k,) integers, the rows that learn. examples: as from `encode_all`.
     lr, epochs, batch_size, seed: AdamW without weight decay, cosine schedule, 3% warm-up, clipping at norm 1. A batch is what one step sees, over all processes and accumulated parts.
     mode: "input_only", or "shared" for a model that ties input and output embeddings: the rows then learn from both places (and the loss is taken the long way).
     checkpoint: a file that holds the state of the run, written every `save_every` steps and at the end; if it exists, the run goes on from there, and on a CPU gives the same rows as an unbroken one, bit for bit.
@@ -338,6 +338,7 @@ def tune_rows(
     training: further arguments for transformers' `TrainingArguments`, such as bf16, gradient_accumulation_steps, activation_checkpointing, torch_compile, report_to with output_dir.
     Returns the tuned rows, fp32. All of them are stepped at every step, so that the result equals dense AdamW (torch's plain one, optim="adamw_torch") on the whole matrix.
     Raises ValueError for no ids, no examples, ids outside the vocabulary, a run that diverges, an argument that the recipe decides, a prefix that cannot be shared, or a checkpoint that is broken or another run's.
+    Source: the authors' scripts for optimizer, schedule and warm-up; clipping, checkpoints and the shared prefix are ours.
     """
     if not len(ids):
         raise ValueError("there are no rows to tune: an empty ticket has nothing to train; raise alpha, tune longer or take top_k")
@@ -367,7 +368,7 @@ def embed_tune(model, examples, *, lr=2e-5, epochs=3, batch_size=128, seed=0, la
 def partial_tune(model, ids, examples, *, lr=1e-2, epochs=5, batch_size=128, seed=0, label="Partial Tuning", progress=True, **options) -> TunedRows:
     """Step 4: from the base model, fine-tune only the rows `ids` (the ticket's, or a control's).
 
-    Defaults as the audit reads the paper (lr 1e-2, 5 epochs). `options`, what it returns and raises: as `tune_rows`. Source: Yuan et al. 2025, section 3.
+    ids: as for `tune_rows`. Defaults as the audit reads the paper (lr 1e-2, 5 epochs). `options`, what it returns and raises: as `tune_rows`. Source: Yuan et al. 2025, section 3.
     """
     return tune_rows(model, ids, examples, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed, label=label, progress=progress, **options)
 
@@ -375,20 +376,20 @@ def partial_tune(model, ids, examples, *, lr=1e-2, epochs=5, batch_size=128, see
 def partial_transfer(embed_rows: TunedRows, ids) -> TunedRows:
     """Step 4, the other way: take only the rows `ids` out of the Embed-Tuned rows, without training.
 
-    Raises ValueError for an id that Embed Tuning did not touch. Source: Yuan et al. 2025, section 3.
+    ids: (k,) integers. Raises ValueError for an id that Embed Tuning did not touch. Source: Yuan et al. 2025, section 3.
     """
     return embed_rows.restrict(ids)
 
 # %% ../nbs/06_tuning.ipynb #c34b81bf
 def full_fine_tune(model, examples, *, lr=2e-5, epochs=3, batch_size=128, seed=0, label="Full fine-tuning", progress=True, **training):
-    "Fine-tune all parameters of a copy of `model`; returns the copy. `training` goes to `TrainingArguments`. Raises ValueError for no examples or a run that diverges."
+    "Fine-tune all parameters of a copy of `model`; returns the copy. `training` goes to `TrainingArguments`. Raises ValueError for no examples or a run that diverges. Source: a baseline of the paper; the defaults are those of `embed_tune`."
     tuned = copy.deepcopy(model).requires_grad_(True)
     _train(tuned, examples, 0, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed, label=label, progress=progress, **training)
     return tuned
 
 
 def peft_tune(model, config, examples, *, lr, epochs=3, batch_size=128, seed=0, label="PEFT", progress=True, **training):
-    "Train a PEFT adapter (`config`: a `LoraConfig`, `PrefixTuningConfig`, ...) on a copy of `model`; returns the `PeftModel`. Raises as `full_fine_tune`."
+    "Train a PEFT adapter (`config`: a `LoraConfig`, `PrefixTuningConfig`, ...) on a copy of `model`; returns the `PeftModel`. Raises as `full_fine_tune`. Source: the PEFT library, whose documentation names the paper behind each adapter."
     from peft import get_peft_model
 
     torch.manual_seed(seed)  # adapters start at random

@@ -100,7 +100,12 @@ BAD = {
     "blank.jsonl": "",
     "columns.tsv": "id\ten\tes\n1\ta\tb\n",
     "ragged.tsv": "en\tca\na\tb\tc\n",
-    "side.tsv": "en\tca\na\t \n",
+    "side.tsv": "en\tca\na\tb\na\t \n",
+    "bare.tsv": "a\tb\n\tc\n",
+    "misspelt.tsv": "en\tcat\na\tb\n",
+    "capital.tsv": "Source\tTarget\na\tb\n",
+    "names.tsv": "English\tCatalan\na\tb\n",
+    "gap.jsonl": '{"en": "a", "ca": "b"}\n{"en": "a", "ca": ""}\n',
     "fields.jsonl": '{"en": "a", "es": "b"}\n',
     "cut.jsonl": '{"en": "a", "ca": "b"}\n{"en": "a", "c',
     "list.jsonl": "[1]\n",
@@ -111,11 +116,16 @@ BAD = {
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("empty.tsv", ["empty.tsv", "none"]),
+        ("empty.tsv", ["empty.tsv", "no pairs"]),
         ("blank.jsonl", ["blank.jsonl", "no pairs"]),
         ("columns.tsv", ["id, en, es", "en and ca"]),
         ("ragged.tsv", ["line 2", "3 columns"]),
-        ("side.tsv", ["pair 1", "empty target"]),
+        ("side.tsv", ["line 3", "empty target"]),  # lines as an editor counts them, the header too
+        ("bare.tsv", ["line 2", "empty source"]),
+        ("gap.jsonl", ["line 2", "empty target"]),
+        ("misspelt.tsv", ["en, cat", "en and ca"]),  # a header that is not the one asked for is no sentence
+        ("capital.tsv", ["Source, Target", "source and target"]),
+        ("names.tsv", ["English, Catalan", "en and ca"]),
         ("fields.jsonl", ["line 1", "en and ca"]),
         ("cut.jsonl", ["line 2", "cut short"]),
         ("list.jsonl", ["line 1", "object"]),
@@ -141,6 +151,13 @@ def test_a_truncated_gzip_and_other_encodings_are_refused(tmp_path):
     for name in ("cut.tsv.gz", "latin.tsv"):
         with pytest.raises(ValueError, match=name):
             load_pairs(tmp_path / name)
+
+
+def test_a_pair_knows_its_line(tmp_path):
+    (tmp_path / "head.tsv").write_bytes(b"\xef\xbb\xbfen\tca\r\nday\tdia\r\nrain\tpluja\r\n")  # as a spreadsheet writes it
+    (tmp_path / "none.tsv").write_text("day\tdia\nrain\tpluja\n")
+    for name, first in (("head.tsv", 2), ("none.tsv", 1)):
+        assert load_pairs(tmp_path / name) == [(f"{name}:{first}", "day", "dia"), (f"{name}:{first + 1}", "rain", "pluja")]
 
 
 @pytest.mark.parametrize("languages", ["en", "", "en-ca-es", "-ca"])
@@ -222,8 +239,8 @@ def test_a_boundary_that_would_merge_keeps_the_prompt():
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"prompt": "a", "completion": " \n"}, ["pair 2", "empty completion"]),
-        ({"prompt": " ", "completion": "b"}, ["pair 2", "empty prompt"]),
+        ({"prompt": "a", "completion": " \n"}, ["line 2", "empty completion"]),
+        ({"prompt": " ", "completion": "b"}, ["line 2", "empty prompt"]),
         ({"prompt": "a", "answer": "b"}, ["line 2", "prompt, answer", "prompt and completion"]),
         ({"prompt": "a", "completion": None}, ["line 2", "prompt and completion"]),
         ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, ["line 2", "prompt", "list", "chat template"]),

@@ -86,7 +86,7 @@ def exported():
     for module in MODULES:
         lib = importlib.import_module(f"kslottery.{module}")
         for name in lib.__all__:
-            thing = getattr(lib, name)
+            thing = inspect.unwrap(getattr(lib, name)) if callable(getattr(lib, name)) else None  # what a cache wraps is a function too
             if inspect.isfunction(thing) or inspect.isclass(thing):
                 yield module, name, thing
             if inspect.isclass(thing):
