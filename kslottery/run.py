@@ -8,6 +8,7 @@ __all__ = ['SITE', 'find_notebook', 'notebook_defaults', 'parse_parameters', 'li
 
 # %% ../nbs/10_run.ipynb #07764297
 import ast
+import logging
 import os
 import re
 import shlex
@@ -172,6 +173,7 @@ def execute(notebook: Path, output: Path, parameters: dict, out=None):
         raise ModuleNotFoundError(f"to run a notebook needs {error.name}, which is not installed: pip install 'kslottery[run]'") from None
     from nbclient.exceptions import DeadKernelError
 
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it logs of a kernel that dies is said below
     out = out or sys.stderr
     last, started = None, 0
 
@@ -191,7 +193,7 @@ def execute(notebook: Path, output: Path, parameters: dict, out=None):
         try:
             papermill.execute_notebook(
                 str(notebook), str(output), parameters=parameters, kernel_name="python3", language="python", progress_bar=False, on_cell_start=on_cell_start,
-                extra_arguments=["--log-level=ERROR", "--InlineBackend.figure_formats=retina"],  # no word from the kernel about its transport; crisp figures
+                extra_arguments=["--log-level=CRITICAL", "--InlineBackend.figure_formats=retina"],  # no word from the kernel about its transport or its end; crisp figures
             )
         except papermill.PapermillExecutionError as error:
             said = (str(error.evalue).strip() or "no message").split("\n")[0]
