@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .core import progress_bar
 from .ks import Scan, ks_scan
 
 # %% ../nbs/00b_checkpoints.ipynb #23c10e80
@@ -117,29 +118,40 @@ class TensorScan(NamedTuple):
     scan: Scan
 
 
-def scan_all(base, tuned, alpha: float = 0.05, per: str = "row", **options) -> list[TensorScan]:
+def _as_rows(a, b, per):
+    "Two tensors as the matrices to scan, row by row; a matrix stays where it is unless its columns or the whole of it are asked for."
+    shape = a.shape
+    if len(shape) == 1 or per == "tensor":
+        a, b = (x[:].reshape(1, -1) for x in (a, b))
+    elif len(shape) > 2:  # a convolution, a stack of experts: the last axis is the row
+        a, b = (x[:].reshape(-1, x.shape[-1]) for x in (a, b))
+    if per == "column" and len(shape) > 1:
+        a, b = (x[:].T for x in (a, b))
+    return a, b
+
+
+def _tensor_scan(name, scan, alpha):
+    return TensorScan(name, len(scan.statistic), int((scan.statistic > 0).sum()), len(scan.select(alpha)), scan)
+
+
+def scan_all(base, tuned, alpha: float = 0.05, per: str = "row", known: dict[str, Scan] | None = None, progress: bool = False, **options) -> list[TensorScan]:
     """KS-scan every floating-point tensor of two checkpoints.
 
     per: "row" (an output of the matrix), "column" (an input) or "tensor" (all its numbers as one sample; vectors always are). Needs memory for one tensor at a time
-    with "column" and "tensor", for a few rows with "row". options: as for `ks_scan`.
+    with "column" and "tensor", for a few rows with "row". known: scans that are there already, by tensor name, which are not read again (with `per="row"`).
+    progress: show a bar over the tensors. options: as for `ks_scan`.
     Returns one `TensorScan` each, by name. Raises as `scan_checkpoints`, and ValueError for an unknown `per`.
     """
     if per not in ("row", "column", "tensor"):
         raise ValueError(f"per is {per!r}: choose 'row', 'column' or 'tensor'")
     base, tuned = open_pair(base, tuned)
-    result = []
-    for name in base.names:
-        a, b = base[name], tuned[name]
-        if a.dtype not in _Slices.names.values() or 0 in a.shape:
-            continue
-        if len(a.shape) == 1 or per == "tensor":
-            a, b = (x[:].reshape(1, -1) for x in (a, b))
-        elif len(a.shape) > 2:  # a convolution, a stack of experts: the last axis is the row
-            a, b = (x[:].reshape(-1, x.shape[-1]) for x in (a, b))
-        if per == "column" and len(base[name].shape) > 1:
-            a, b = (x[:].T for x in (a, b))
-        scan = ks_scan(a, b, **options)
-        result.append(TensorScan(name, len(scan.statistic), int((scan.statistic > 0).sum()), len(scan.select(alpha)), scan))
+    names = [name for name in base.names if base[name].dtype in _Slices.names.values() and 0 not in base[name].shape]
+    with progress_bar(len(names), "KS scan, tensors", progress) as bar:
+        result = []
+        for name in names:
+            scan = (known or {}).get(name) if per == "row" else None
+            result.append(_tensor_scan(name, scan or ks_scan(*_as_rows(base[name], tuned[name], per), **options), alpha))
+            bar.update(1)
     return result
 
 

@@ -41,11 +41,23 @@ def model_fingerprints(model, tokenizer) -> dict[str, str]:
     return {"embedding": fingerprint(input_embedding(model).weight), "tokenizer": fingerprint(_tokenizer_state(tokenizer))}
 
 
+def _hub_id(name) -> str | None:
+    "A model's name, if the Hub would take it for an id and it is no path here."
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:
+        return None
+    return None if Path(name).expanduser().exists() else str(name)
+
+
 def _info(ids, name, revision, tied, modules, matrix, tuned, tokenizer, fingerprints, facts):
     "The facts that every ticket records; tuned: what `TunedRows` it has."
     return {
         "schema_version": SCHEMA,
         "model": str(name),
+        "base_model": _hub_id(name),  # what the Hub knows it by, if it does
         "revision": revision,
         "tied_embeddings": tied,
         "embedding_module": modules[0],
@@ -182,6 +194,19 @@ class Ticket:
             write_json(folder / "audit.json", self.audit)
         write_text(folder / "README.md", self.card(sorted(p.name for p in folder.glob("*.png"))))
 
+    def refresh(self, folder, **facts):
+        """Write the card in a ticket folder anew. facts: what its ticket.json does not say yet (`base_model`: the Hub's id of the model, `license`: the Hub's name of a licence).
+
+        Raises FileNotFoundError for a folder without a ticket, ValueError for a `base_model` that can be no Hub id.
+        """
+        folder = _ticket_folder(folder)
+        if "base_model" in facts and not _hub_id(facts["base_model"]):
+            raise ValueError(f"base_model is {facts['base_model']!r}: give the model's id on the Hub (owner/name), not a path")
+        if facts:
+            self.info |= facts
+            write_json(folder / "ticket.json", json.loads((folder / "ticket.json").read_text(encoding="utf-8")) | facts)
+        self._write_findings(folder)
+
     def add_certificates(self, folder, certificates: list[Certificate]):
         "Add certificates to the ticket and to its folder, where everything else stays as it is; one that is there already is not repeated. Raises FileNotFoundError for a folder without a ticket."
         folder = _ticket_folder(folder)
@@ -256,7 +281,7 @@ class Ticket:
 
         info = self.info
         header = ModelCardData(
-            base_model=info["model"], library_name="peft", pipeline_tag="text-generation", tags=["kslottery", "trainable-tokens", "translation"] if info.get("languages") else ["kslottery", "trainable-tokens"],
+            base_model=info.get("base_model", _hub_id(info["model"])), library_name="peft", pipeline_tag="text-generation", tags=["kslottery", "trainable-tokens", "translation"] if info.get("languages") else ["kslottery", "trainable-tokens"],
             language=[c for c in (info.get("languages") or "").split("-") if re.fullmatch("[a-z]{2,3}", c)] or None, license=info.get("license"),
             metrics=["bleu", "chrf"] if self.audit else None,
         )  # fmt: skip

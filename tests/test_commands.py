@@ -1,19 +1,28 @@
-"""`kslottery merge` and `kslottery peft`: the same greedy text in every form, one sentence for bad input, nothing half-written."""
+"""The commands: what they answer, one sentence and the right status for bad input, nothing half-written; `merge` and `peft`: the same greedy text in every form."""
 
 import json
 import os
+import pty
+import re
 import resource
+import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+import typer
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from test_ticket import GREEDY, TOKENIZER, X
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
-from conftest import TIED, talker
+from conftest import ROOT, TIED, talker
 from kslottery.cli import app
 from kslottery.core import load_model
 from kslottery.rows import TunedRows, is_tied
@@ -148,3 +157,258 @@ def test_a_scan_of_tied_checkpoints_is_shared(tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert is_tied(merged) and torch.equal(merged.generate(X, **GREEDY), model.generate(X, **GREEDY))
     assert (tmp_path / "t" / "adapter_config.json").exists()
+
+
+COMMANDS = typer.main.get_command(app).commands
+MAIN = "from kslottery.cli import main; main()"
+
+
+def notebook(folder, *sources, kernel=None):
+    "A notebook of code cells, the first of them the parameters."
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel} if kernel else {}), folder / "own.ipynb")
+    return folder / "own.ipynb"
+
+
+def test_no_command_prints_the_help():
+    status, said, error = run()
+    assert status == 2 and all(name in said + error for name in COMMANDS) and "130 interrupted" in said + error
+    status, said, error = run("--help")
+    assert status == 0 and error == "" and all(name in said for name in COMMANDS)
+    assert run("--version")[:2] == (0, "kslottery 0.1.0\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_has_an_example(name):
+    status, said, _ = run(name, "--help")
+    assert status == 0 and f"Example: kslottery {name}" in said and "--json" in said
+
+
+def test_an_option_means_the_same_everywhere():
+    "Also the same default; what a command says about its own --out, --train or --test is its own."
+    seen = {}
+    for name, command in COMMANDS.items():
+        for option in command.params:
+            seen.setdefault(option.name, {}).setdefault((tuple(option.opts), str(getattr(option, "type", "")), option.help, repr(option.default)), []).append(
+                name
+            )
+    shared = {"ticket", "model", "revision", "languages", "template", "limit", "max_new_tokens", "batch_size", "seed", "as_json"}
+    assert {name for name, meanings in seen.items() if sum(map(len, meanings.values())) > 1} - shared == {"out", "train"}
+    assert [(name, meanings) for name, meanings in seen.items() if name in shared and len(meanings) > 1] == []
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("--bogus",), "No such option"),
+        (("scna", "a", "b"), "scan"),  # did you mean
+        (("scan", "a", "b", "--top", "3"), "No such option"),  # an abbreviation
+        (("scan", "a"), "Missing argument"),
+        (("scan", "a", "b", "--alpha", "small"), "Invalid value"),
+        (("certify", "t", "--calibration", "c", "--epsilon", "0.1", "--batch-size", "0"), "Invalid value"),
+        (("run", "-f", "nowhere.yaml"), "does not exist"),
+    ],
+)
+def test_wrong_usage_is_status_2(words, sentence, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, said, error = run(*words)
+    assert status == 2 and sentence in error and said == "" and len([line for line in error.splitlines() if sentence in line]) == 1
+
+
+def test_a_broken_notebook_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.ipynb").write_text("")
+    (tmp_path / "cut.ipynb").write_text('{"cells": [')
+    (tmp_path / "table.csv").write_text("a,b")
+    cases = {
+        "nowhere": "there is no notebook nowhere",
+        "empty.ipynb": "not a notebook",
+        "cut.ipynb": "not a notebook",
+        "table.csv": "not a notebook",
+        ".": "no notebook",
+    }
+    cases[notebook(tmp_path, "seed = (", "1")] = "parameters cell"
+    for path, words in cases.items():
+        status, said, error = run("run", path)
+        assert status == 2 and words in error and error.count("\n") == 1 and error.startswith("kslottery: ") and said == "", (path, error)
+    notebook(tmp_path, "seed = 0", kernel={"name": "ir", "display_name": "R", "language": "R"})
+    assert run("run", "own.ipynb")[0] == 2 and "for R" in run("run", "own.ipynb")[2]
+    (tmp_path / "p.yaml").write_text("seed: !!python/object/apply:os.system ['touch pwned']")
+    notebook(tmp_path, "seed = 0")
+    status, _, error = run("run", "own.ipynb", "-f", "p.yaml")
+    assert status == 2 and "not YAML" in error and not (tmp_path / "pwned").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("if seed == 0\n    pass", "SyntaxError in cell 2"),
+        ("assert seed", "no message (AssertionError in cell 2)"),
+        ("import os\nos._exit(9)", "the kernel died in cell 2"),
+    ],
+    ids=["syntax", "assertion", "killed"],
+)
+def test_a_failed_cell_is_status_1_and_keeps_the_notebook(source, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, said, error = run("run", notebook(tmp_path, "seed = 0\nprint('so far')", source), "--json")
+    assert status == 1 and said == "" and error.count("\n") == 1 and words in error and "runs/own/own.ipynb" in error and "Jupyter" in error
+    kept = nbformat.read(tmp_path / "runs" / "own" / "own.ipynb", as_version=4)
+    assert any(o.get("text") == "so far\n" for c in kept.cells for o in c.get("outputs", [])) and os.listdir(tmp_path / "runs" / "own") == ["own.ipynb"]
+
+
+def test_ctrl_c_stops_a_run(tmp_path):
+    own = notebook(tmp_path, "seed = 0", "print('begun')\nimport pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)")
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell without job control starts its children deaf to it
+    process = subprocess.Popen([sys.executable, "-c", hearing + MAIN, "run", str(own)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "begun").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "interrupted; the notebook so far: runs/own/own.ipynb" in error and "Traceback" not in error
+    assert (tmp_path / "runs" / "own" / "own.ipynb").exists()
+
+
+def test_parameters_from_a_file(tmp_path, monkeypatch):
+    "What -p says wins; the answer in JSON is all there is on standard output."
+    monkeypatch.chdir(tmp_path)
+    write = "import json\njson.dump({'summary': [f'{seed} {rate} {name}']}, open(f'{out}/results.json', 'w'))"
+    own = notebook(tmp_path, "seed = 0\nrate = 0.1\nname = 'x'\nout = 'o'", write)
+    (tmp_path / "p.yaml").write_text("seed: 5\nrate: 1e-5\nname: 'no'\n")
+    status, said, error = run("run", own, "-f", "p.yaml", "-p", "seed=7", "--json")
+    assert status == 0, error
+    found = json.loads(said)
+    assert (
+        found["summary"] == ["7 1e-05 no"] and found["results"] == "o/results.json" and all(Path(found[k]).exists() for k in ("notebook", "report", "folder"))
+    )
+
+
+def test_colours_are_for_terminals_only(tmp_path):
+    "Through a pipe no escape at all; on a terminal colours, unless NO_COLOR is set."
+
+    def on_a_terminal(**more):
+        ours, theirs = pty.openpty()
+        place = (
+            {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS")}
+            | {"TERM": "xterm-256color", "COLUMNS": "80"}
+            | more
+        )
+        process = subprocess.Popen([sys.executable, "-c", MAIN, "--help"], stdout=theirs, stderr=theirs, env=place)
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+            seen += part
+        process.wait()
+        os.close(ours)
+        return seen.decode()
+
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-7]")
+    assert colour.search(on_a_terminal()) and not colour.search(on_a_terminal(NO_COLOR="1"))
+    for words in (["--help"], ["--bogus"]):
+        done = subprocess.run(
+            [sys.executable, "-c", MAIN, *words],
+            capture_output=True,
+            text=True,
+            env={k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS")},
+        )
+        assert "\x1b" not in done.stdout + done.stderr and done.stdout + done.stderr
+
+
+def test_the_shell_completes(tmp_path):
+    command = Path(sys.executable).with_name("kslottery")
+    done = subprocess.run(["bash", "-c", f"{command} --show-completion; true"], capture_output=True, text=True)
+    assert "_KSLOTTERY_COMPLETE=complete_bash" in done.stdout, done.stderr
+    place = {**os.environ, "_KSLOTTERY_COMPLETE": "complete_bash", "COMP_WORDS": "kslottery c", "COMP_CWORD": "1"}
+    assert subprocess.run([command], capture_output=True, text=True, env=place).stdout.split() == ["certify", "card"]
+
+
+def test_no_bars_outside_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.delenv("KSLOTTERY_PROGRESS", raising=False)
+    for kind in ("base", "tuned"):
+        base_in(tmp_path / kind, "llama")
+    status, _, error = run("scan", tmp_path / "base", tmp_path / "tuned", "--all", "--top-k", "2", "--out", tmp_path / "t")
+    assert status == 0 and "\r" not in error and "\x1b" not in error
+    status, said, error = run("merge", tmp_path / "t", "--model", tmp_path / "base", "--out", tmp_path / "m", "--json")
+    assert (
+        status == 0
+        and error == ""
+        and json.loads(said) == {"out": str(tmp_path / "m"), "model": str(tmp_path / "base"), "revision": None, "rows": 2, "mode": "input_only"}
+    )
+
+
+def test_a_card_for_the_hub(tmp_path):
+    "A local path is no base model there; who publishes says which it was, and later certificates and audits keep it."
+    base_in(tmp_path / "base", "llama")
+    ticket = ticket_in(tmp_path / "t", tmp_path / "base")
+    status, said, _ = run("card", tmp_path / "t")
+    assert status == 0 and said == (tmp_path / "t" / "README.md").read_text() and ModelCard(said).data.base_model is None
+    status, said, error = run("card", tmp_path / "t", "--base-model", "org/base", "--license", "mit")
+    assert status == 0 and "written anew" in said, error
+    Ticket.load(tmp_path / "t").add_certificates(tmp_path / "t", [])
+    data = ModelCard((tmp_path / "t" / "README.md").read_text()).data
+    assert (data.base_model, data.license) == ("org/base", "mit")
+    found = json.loads(run("card", tmp_path / "t", "--json")[1])
+    assert (found["base_model"], found["model"], found["size"], found["verdict"]) == ("org/base", str(tmp_path / "base"), 2, None) and found["text"].startswith(
+        "---\n"
+    )
+    assert torch.equal(Ticket.load(tmp_path / "t").rows.rows, ticket.rows.rows)
+    assert run("merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0  # where the model is, it is still known
+    for wrong in (tmp_path / "base", "a b"):
+        status, _, error = run("card", tmp_path / "t", "--base-model", wrong)
+        assert status == 2 and "owner/name" in error and error.count("\n") == 1
+    (tmp_path / "t" / "README.md").unlink()
+    assert run("card", tmp_path / "t")[0] == 0 and (tmp_path / "t" / "README.md").exists()
+
+
+def test_the_built_in_world_by_its_command(tmp_path):
+    status, said, error = run("babel", "--size", "small", "--out", tmp_path / "world", "--json")
+    assert status == 0, error
+    found = json.loads(said)
+    assert found["model"] == str(tmp_path / "world") and all(len(Path(s["path"]).read_text().splitlines()) == s["pairs"] > 0 for s in found["splits"].values())
+    assert json.loads(Path(found["splits"]["train"]["path"]).read_text().split("\n")[0]) == found["sample"]
+    model, _ = load_model(found["model"])
+    assert sum(p.numel() for p in model.parameters()) == found["parameters"]
+    status, said, _ = run("babel", "--size", "small")
+    assert status == 0 and found["sample"]["source"] in said and "In Borel" in said
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    for words, sentence in ((("--size", "big"), "choose default, small"), (("--size", "small", "--out", tmp_path / "mine"), "something else")):
+        status, _, error = run("babel", *words)
+        assert status == 2 and sentence in error and error.count("\n") == 1
+
+
+def test_the_doctor(monkeypatch):
+    def refused(*given):
+        raise AssertionError("the doctor reads no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    status, said, error = run("doctor", "--json")
+    found = json.loads(said)
+    assert status == 0 and error == "" and found["ok"] and found["uses"]["kslottery run"]["ok"]
+    assert found["packages"]["torch"]["version"] == torch.__version__ and found["devices"][0]["device"] == "cpu"
+    stated = re.search(r"^requirements = (.*)", (ROOT / "settings.ini").read_text(), re.MULTILINE)[1].split()
+    assert sorted(name + p["needs"] for name, p in found["packages"].items()) == sorted(stated)
+    assert run("doctor")[0] == 0 and "ready      kslottery run" in run("doctor")[1]
+
+
+def test_the_doctor_where_something_is_missing(monkeypatch):
+    for name in ("papermill", "sentencepiece", "numba"):
+        monkeypatch.setitem(sys.modules, name, None)
+    status, said, _ = run("doctor")
+    assert status == 0 and "kslottery run: papermill (pip install 'kslottery[run]')" in said and "MISSING    numba" in said and "slower" in said
+    status, said, error = run("run", "quickstart")
+    assert status == 2 and said == "" and error.count("\n") == 1 and "pip install 'kslottery[run]'" in error
+    code = "import sys; sys.modules.update(torch=None, scipy=None)\n" + MAIN  # from the start: the command needs them itself
+    done = subprocess.run([sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 1 and [n for n, p in found["packages"].items() if not p["ok"]] == ["torch", "scipy"]
+    assert "torch cannot be imported" in found["notes"][0] and done.stderr == ""

@@ -32,6 +32,8 @@ ORDER = (
     "decomposition",
     "audit",
     "plots",
+    "run",
+    "doctor",
     "cli",
 )  # modules import only upwards
 
