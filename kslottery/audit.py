@@ -9,7 +9,6 @@ __all__ = ['TAIL', 'CHANNELS', 'ROWS', 'THRESHOLDS', 'split_template', 'opportun
 
 # %% ../nbs/08b_audit.ipynb #f29b4151
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -18,14 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import fingerprint, write_json, write_text
+from .core import fingerprint, to_accelerator, whole_file, write_json, write_text
 from .criteria import equal_move_null
 from .data import Example, Pair, Role, encode_all, get_template, token_counts
 from .decomposition import Decomposition, Interval, decompose, forced_stop, recovery
 from .evaluation import Translation, score, signatures, translate
-from .losses import ticket_prompt
-from .rows import TunedRows, input_embedding, sample_ids
-from .ticket import Ticket, model_fingerprints, versions
+from .rows import TunedRows, input_embedding, sample_ids, weights_fingerprint
+from .ticket import Ticket, tokenizer_fingerprint, versions
 from .tuning import active_ids, tune_rows
 
 # %% ../nbs/08b_audit.ipynb #367b033c
@@ -157,7 +155,7 @@ def plan_arms(tokenizer, ticket: Ticket, examples: list[Example], *, fast: bool 
 
 # %% ../nbs/08b_audit.ipynb #d581d6bd
 THRESHOLDS = {
-    "gain": 1.0, "stopping": 0.5, "outside": 0.5, "controls": 0.5, "noise": 0.5, "one_row": 0.8, "selection": 0.8, "necessary": 0.5, "replaceable": 0.5, "ranking": 0.5
+    "gain": 1.0, "stopping": 0.5, "template": 0.5, "controls": 0.5, "noise": 0.5, "one_row": 0.8, "selection": 0.8, "necessary": 0.5, "replaceable": 0.5, "ranking": 0.5
 }  # fmt: skip
 
 
@@ -173,12 +171,11 @@ class Check(NamedTuple):
     decisive: bool
 
 
-def judge(value: Interval | None, threshold: float, want: str) -> str:
-    "\"pass\" if the whole interval lies `want` (\"above\" or \"below\") the threshold, \"fail\" if it all lies on the other side, else \"cannot tell\"."
+def judge(value: Interval | None, threshold: float) -> str:
+    "\"pass\" if the whole interval lies below the threshold, \"fail\" if it all lies above it, else \"cannot tell\"."
     if value is None or value.value is None:
         return "cannot tell"
-    above, below = value.low > threshold, value.high < threshold
-    return "cannot tell" if not (above or below) else "pass" if above == (want == "above") else "fail"
+    return "pass" if value.high < threshold else "fail" if value.low > threshold else "cannot tell"
 
 
 def _percent(value):
@@ -189,25 +186,25 @@ def _percent(value):
 
 # %% ../nbs/08b_audit.ipynb #75cf3907
 _CHECKS = (
-    ("outside", "Do the rows act outside the template?", ("only_sentences",), "above", True, "read only in the sentences and never in the template, the rows recover {} of the gain"),
-    ("controls", "Do other rows do the same?", ("random_rows*", "count_matched_rows"), "below", True, "as many words tuned instead ({arm}) recover {}"),
-    ("noise", "Does any change of these rows do the same?", ("noise*", "flipped"), "below", True, "{arm} in the same rows recovers {}"),
-    ("one_row", "Does one row do the same?", ("one_row_*",), "below", False, "one row alone ({arm}) recovers {}"),
-    ("selection", "Do other rows of the prompt do the same?", ("template_rows*", "frequent_rows"), "below", False, "as many {arm} recover {}"),
-    ("necessary", "Is the ticket missed in the tuned model?", ("all_but_ticket",), "below", False, "with the ticket's rows put back, Embed Tuning keeps {} of its gain"),
-    ("replaceable", "Is the ticket missed in tuning?", ("frozen_ticket",), "below", False, "with the ticket frozen and all other rows tuned, Embed Tuning keeps {} of its gain"),
+    ("template", "Do the rows need the sentences?", ("only_instruction",), True, "read only in the template and never in a sentence, the rows recover {} of the gain"),
+    ("controls", "Do other rows do the same?", ("random_rows*", "count_matched_rows"), True, "as many words tuned instead ({arm}) recover {}"),
+    ("noise", "Does any change of these rows do the same?", ("noise*", "flipped"), True, "{arm} in the same rows recovers {}"),
+    ("one_row", "Does one row do the same?", ("one_row_*",), False, "one row alone ({arm}) recovers {}"),
+    ("selection", "Do other rows of the prompt do the same?", ("template_rows*", "frequent_rows"), False, "as many {arm} recover {}"),
+    ("necessary", "Is the ticket missed in the tuned model?", ("all_but_ticket",), False, "with the ticket's rows put back, Embed Tuning keeps {} of its gain"),
+    ("replaceable", "Is the ticket missed in tuning?", ("frozen_ticket",), False, "with the ticket frozen and all other rows tuned, Embed Tuning keeps {} of its gain"),
 )
 
 
 def _arm_checks(arms, recoveries, thresholds):
     "The checks that compare arms with a threshold."
-    for name, question, wanted, want, decisive, phrase in _CHECKS:
+    for name, question, wanted, decisive, phrase in _CHECKS:
         found = [a for a in arms if any(fnmatch(a.name, w) for w in wanted)]
-        known = [a for a in found if recoveries[a.name].value is not None]
-        best = max(known or found, key=lambda a: recoveries[a.name].value or 0.0, default=None)
+        results = {a: judge(recoveries[a.name], thresholds[name]) for a in found}
+        result = next((r for r in ("fail", "cannot tell", "pass") if r in results.values()), "cannot tell")
+        decided = [a for a in found if results[a] == result]  # the sentence speaks of the arm that decided
+        best = max(decided, key=lambda a: recoveries[a.name].value or 0.0, default=None)
         value = recoveries[best.name] if best else None
-        results = [judge(recoveries[a.name], thresholds[name], want) for a in found]
-        result = "cannot tell" if not results or None in {value.value} else "fail" if "fail" in results else "pass" if set(results) == {"pass"} else "cannot tell"
         sentence = phrase.format(_percent(value), arm=best.label) if best else "no arm of this audit can say"
         yield Check(name, question, result, value, thresholds[name], sentence[0].upper() + sentence[1:] + ".", decisive)
 
@@ -324,26 +321,24 @@ def _verdict(checks):
     return "real", f"A real ticket: {reason(decisive)}."
 
 # %% ../nbs/08b_audit.ipynb #108808c4
-def _rows_of(arm, model, ticket, examples, settings, checkpoint, label, progress):
+def _rows_of(arm, model, ticket, examples, checkpoint, label, progress):
     "What an arm reads: `TunedRows`, or None for the base model."
     if not arm.ids:
         return None
     own = ticket.rows if ticket.rows is not None else ticket.embed_rows.restrict(ticket.ids)
     if arm.rows in _RATES:
-        return tune_rows(
-            model, list(arm.ids), examples, lr=settings[_RATES[arm.rows]], epochs=settings["epochs"], batch_size=settings["batch_size"], seed=arm.seed, mode=own.mode,
-            label=label, progress=progress, checkpoint=checkpoint,
-        )  # fmt: skip
+        recipe = ticket.recipe(_RATES[arm.rows]) | {"seed": arm.seed}
+        return tune_rows(model, list(arm.ids), examples, **recipe, label=label, progress=progress, checkpoint=checkpoint)
     rows = (ticket.embed_rows if arm.rows == "embed" else own).restrict(arm.ids)
     return rows.noise(model, arm.seed) if arm.rows == "noise" else rows.scale(model, -1.0) if arm.rows == "flipped" else rows
 
 
-def _arm_prints(model, tokenizer, ticket, train_set, test_set, settings, generation):
+def _arm_prints(model, tokenizer, ticket, train_set, test_set, generation):
     "What every arm depends on, beside its own choice: a function of the arm."
-    of = lambda rows: None if rows is None else fingerprint(fingerprint(rows.ids) + fingerprint(rows.rows.detach()) + rows.mode)
+    of = lambda rows: None if rows is None else rows.fingerprint()
     content = lambda examples: fingerprint(json.dumps([e[1:] for e in examples]))
-    common = [fingerprint("".join(fingerprint(p.detach()) for p in model.parameters())), model_fingerprints(model, tokenizer)["tokenizer"], content(test_set), generation]
-    own, embed, training = of(ticket.rows) or of(ticket.embed_rows), of(ticket.embed_rows), [content(train_set), settings]
+    common = [weights_fingerprint(model), tokenizer_fingerprint(tokenizer), content(test_set), generation]
+    own, embed, training = of(ticket.rows) or of(ticket.embed_rows), of(ticket.embed_rows), [content(train_set), ticket.info.get("settings"), ticket.info["mode"]]
     source = {"embed": embed, "tuned": training, "embed_tuned": training}
     return lambda arm: fingerprint(json.dumps([common, arm.ids and [source.get(arm.rows, own), *arm[2:]]], sort_keys=True))
 
@@ -357,6 +352,26 @@ def _stored(path, print_):
         return None
 
 # %% ../nbs/08b_audit.ipynb #395ccc99
+def _translated(model, tokenizer, ticket, arms, train_set, test_set, folder, batch_size, progress, generation):
+    "What each arm writes, by its name: taken over from the folder, or generated and kept there."
+    folder.mkdir(parents=True, exist_ok=True)
+    print_of, split, translations = _arm_prints(model, tokenizer, ticket, train_set, test_set, generation), split_template(test_set), {}
+    for n, arm in enumerate(arms, 1):
+        if arm.rows == "cut":
+            translations[arm.name] = forced_stop(translations["base"], translations["ticket"], tokenizer)
+            continue
+        path, print_, label = folder / f"{arm.name}.json", print_of(arm), f"arm {n}/{len(arms)} {arm.name}"
+        translations[arm.name] = _stored(path, print_)
+        if translations[arm.name] is None:
+            checkpoint = folder / f".{print_[:16]}.safetensors"
+            rows = _rows_of(arm, model, ticket, train_set, checkpoint, f"{label}: tuning", progress)
+            gate = {} if arm.channel == "everywhere" else {"read_by": CHANNELS[arm.channel]}
+            translations[arm.name] = translate(model, tokenizer, split, rows=rows, batch_size=batch_size, label=f"{label}: translating", progress=progress, **gate, **generation)
+            write_json(path, {"arm": arm._asdict(), "fingerprint": print_, "translations": translations[arm.name]})
+            checkpoint.unlink(missing_ok=True)
+    return translations
+
+# %% ../nbs/08b_audit.ipynb #3b950b0e
 def audit_ticket(
     model, tokenizer, ticket: Ticket, train_pairs: list[Pair], test_pairs: list[Pair], *, out, fast: bool = False, arms: list[Arm] | None = None, thresholds: dict | None = None,
     template=None, languages: str | None = None, max_new_tokens: int = 256, num_beams: int = 1, batch_size: int = 16, samples: int = 1000, seed: int = 0, progress: bool = True,
@@ -369,43 +384,25 @@ def audit_ticket(
     Raises ValueError for another model's ticket, an empty one or one without rows, test sentences that were used for tuning, training pairs that are not the ticket's, a plan that does not begin with base and ticket, and an unknown threshold, and as `null_overlap` and `kslottery.evaluation.get_metric` do.
     Source: the audit; what is added to it is named at `plan_arms`, `decompose` and `null_overlap`.
     """
-    import torch
-
     started = time.time()
     train_pairs, test_pairs = list(train_pairs or []), list(test_pairs)[: 50 if fast else None]
     _refuse(model, tokenizer, ticket, train_pairs, test_pairs, thresholds or {})
     samples, limits = min(samples, 200) if fast else samples, THRESHOLDS | (thresholds or {})
-    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    own = ticket_prompt(ticket, None if ticket.info.get("template") else template, languages)  # controls are trained under the ticket's prompt
-    train_set, test_set = encode_all(tokenizer, pairs=train_pairs, **own), encode_all(tokenizer, pairs=test_pairs, **ticket_prompt(ticket, template, languages))
-    split, references, settings = split_template(test_set), [p.target for p in test_pairs], ticket.info.get("settings")
+    to_accelerator(model)
+    own = ticket.prompt(None if ticket.info.get("template") else template, languages)  # controls are trained under the ticket's prompt
+    train_set, test_set = encode_all(tokenizer, pairs=train_pairs, **own), encode_all(tokenizer, pairs=test_pairs, **ticket.prompt(template, languages))
+    references = [p.target for p in test_pairs]
     arms = plan_arms(tokenizer, ticket, train_set or test_set, fast=fast, seed=seed, train=bool(train_set)) if arms is None else list(arms)
     if [a.name for a in arms[:2]] != ["base", "ticket"]:
         raise ValueError(f"the plan has the arms {', '.join(a.name for a in arms)}: base and ticket must come first, all others are compared with them")
     generation = dict(max_new_tokens=max_new_tokens, num_beams=num_beams)
-    print_of = _arm_prints(model, tokenizer, ticket, train_set, test_set, settings, generation)
-    folder = Path(out) / "arms"
-    folder.mkdir(parents=True, exist_ok=True)
-    translations = {}
-    for n, arm in enumerate(arms, 1):
-        if arm.rows == "cut":
-            translations[arm.name] = forced_stop(translations["base"], translations["ticket"], tokenizer)
-            continue
-        path, print_, label = folder / f"{arm.name}.json", print_of(arm), f"arm {n}/{len(arms)} {arm.name}"
-        translations[arm.name] = _stored(path, print_)
-        if translations[arm.name] is None:
-            checkpoint = folder / f".{print_[:16]}.safetensors"
-            rows = _rows_of(arm, model, ticket, train_set, settings, checkpoint, f"{label}: tuning", progress)
-            gate = {} if arm.channel == "everywhere" else {"read_by": CHANNELS[arm.channel]}
-            translations[arm.name] = translate(model, tokenizer, split, rows=rows, batch_size=batch_size, label=f"{label}: translating", progress=progress, **gate, **generation)
-            write_json(path, {"arm": arm._asdict(), "fingerprint": print_, "translations": translations[arm.name]})
-            checkpoint.unlink(missing_ok=True)
+    translations = _translated(model, tokenizer, ticket, arms, train_set, test_set, Path(out) / "arms", batch_size, progress, generation)
     counts = token_counts(train_set or test_set, input_embedding(model).weight.shape[0])
     facts = {
         "thresholds": limits, "settings": {**generation, "samples": samples, "seed": seed, "fast": fast, "test_sentences": len(test_set), "train_sentences": len(train_set)},
         "signatures": signatures(references), "versions": versions(), "arms": {a.name: {"median_count": int(np.median(counts[list(a.ids)])) if a.ids else 0} for a in arms},
     }  # fmt: skip
-    audit = _judged(model, ticket, arms, translations, references, opportunity(split, ticket.ids, translations["ticket"]), limits, samples, seed, facts)
+    audit = _judged(model, ticket, arms, translations, references, opportunity(split_template(test_set), ticket.ids, translations["ticket"]), limits, samples, seed, facts)
     facts["seconds"] = round(time.time() - started, 1)
     _write(audit, Path(out))
     return audit
@@ -420,12 +417,11 @@ def _refuse(model, tokenizer, ticket, train_pairs, test_pairs, thresholds):
         raise ValueError(f"there is no threshold {strange[0]!r}: choose {', '.join(THRESHOLDS)}")
     if not test_pairs:
         raise ValueError("there are no test sentences: an audit needs some that nothing was tuned on")
-    known = set(ticket.sentences)
-    used = [p.id for p in test_pairs if p.hash in known | {q.hash for q in train_pairs}]
-    if used:
+    seen = {*ticket.sentences, *(p.hash for p in train_pairs)}
+    if used := [p.id for p in test_pairs if p.hash in seen]:
         raise ValueError(f"{len(used)} test sentences were used for tuning (first: {used[0]}): remove them from the test data")
-    if train_pairs and known and {p.hash for p in train_pairs} != known:
-        raise ValueError(f"the ticket was tuned on {len(known)} sentences, and the {len(train_pairs)} training pairs are not the same: its controls must be trained on the ticket's own data")
+    if train_pairs and ticket.sentences:
+        ticket.check_pairs(train_pairs)
 
 
 def _judged(model, ticket, arms, translations, references, reads, limits, samples, seed, facts):
@@ -440,11 +436,11 @@ def _judged(model, ticket, arms, translations, references, reads, limits, sample
     sentence = f"The ticket changes the score by {whole.value:+.1f} BLEU ({whole.low:+.1f} to {whole.high:+.1f})."
     checks = [Check("gain", "Is there a gain?", result, whole, limits["gain"], sentence, True)]
     sentence = f"{_percent(share)} of the gain is the model learning to stop."
-    checks.append(Check("stopping", "Is it content?", judge(share, limits["stopping"], "below"), share, limits["stopping"], sentence[0].upper() + sentence[1:], True))
+    checks.append(Check("stopping", "Is it content?", judge(share, limits["stopping"]), share, limits["stopping"], sentence[0].upper() + sentence[1:], True))
     checks += _arm_checks([a for a in arms if a.name in recoveries], recoveries, limits)
     null = null_overlap(model, ticket, seed=seed)
     sentence = f"{_percent(null)} of the ticket's rows would be selected had all rows moved equally far."
-    checks.append(Check("ranking", "Is the ranking more than the size of rows?", judge(null, limits["ranking"], "below"), null, limits["ranking"], sentence[0].upper() + sentence[1:], False))
+    checks.append(Check("ranking", "Is the ranking more than the size of rows?", judge(null, limits["ranking"]), null, limits["ranking"], sentence[0].upper() + sentence[1:], False))
     if checks[0].result != "pass":
         checks = [c if c.name in ("gain", "ranking") else c._replace(result="cannot tell") for c in checks]
     return Audit(arms, translations, scores, recoveries, gained, reads, checks, *_verdict(checks), facts)
@@ -455,9 +451,9 @@ def _write(audit, out):
     import matplotlib.pyplot as plt
 
     figure = audit.plot().figure
-    figure.savefig(out / ".audit.png", dpi=150, bbox_inches="tight", format="png")
+    with whole_file(out / "audit.png") as part:
+        figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
     plt.close(figure)
-    os.replace(out / ".audit.png", out / "audit.png")
     write_text(out / "audit.md", audit.table())
     write_json(out / "audit.json", audit.as_dict())
 
@@ -484,8 +480,8 @@ def template_membership(scan, examples: list[Example]) -> dict:
     """
     from scipy.stats import rankdata, t, wilcoxon
 
-    counts = token_counts(examples, len(scan.statistic))
-    active, inside = np.flatnonzero(counts), token_counts(examples, len(scan.statistic), Role.INSTRUCTION) > 0
+    counts, inside, special = (token_counts(examples, len(scan.statistic), role) for role in (None, Role.INSTRUCTION, Role.SPECIAL))
+    active, inside = np.flatnonzero(counts * (special == 0)), inside > 0
     ids, pool = np.flatnonzero(inside), active[~inside[active]]
     if not len(ids) or not len(pool):
         raise ValueError(f"{len(ids)} tokens of the template and {len(pool)} others occur: there is nothing to compare")
@@ -503,14 +499,21 @@ def template_membership(scan, examples: list[Example]) -> dict:
     }  # fmt: skip
 
 # %% ../nbs/08b_audit.ipynb #6da9d1f2
-def template_transfer(model, tokenizer, ticket: Ticket, test_pairs: list[Pair], templates: dict, *, out, **options) -> dict[str, Decomposition]:
+def template_transfer(
+    model, tokenizer, ticket: Ticket, test_pairs: list[Pair], templates: dict, *, out, languages: str | None = None, max_new_tokens: int = 256, num_beams: int = 1, batch_size: int = 16,
+    samples: int = 1000, seed: int = 0, progress: bool = True,
+) -> dict[str, Decomposition]:  # fmt: skip
     """The ticket's gain under other prompts than its own, split into content and stopping: the name of each prompt -> `Decomposition`.
 
-    templates: a name for each prompt -> a template, as for `get_template`. out: a folder; each prompt's texts are kept in it under its name, as by `audit_ticket`, which also explains the options and errors. Source: the audit (there with one paraphrase).
+    templates: a name for each prompt -> a template, as for `get_template`. out: a folder; each prompt's texts are kept in it under its name, and taken over by a second run. The others: as for `audit_ticket`.
+    Raises ValueError for another model's ticket, one without rows, no test sentences, or some that were used for tuning, and as `get_template`, `kslottery.data.encode_all` and `decompose` do.
+    Source: the audit (there with one paraphrase).
     """
-    gains = {}
+    _refuse(model, tokenizer, ticket, [], test_pairs, {})
+    to_accelerator(model)
+    arms, gains = [Arm("base", "base model", ()), Arm("ticket", "ticket", tuple(ticket.ids.tolist()))], {}
     for name, template in templates.items():
-        template = get_template(template)
-        arms = plan_arms(tokenizer, ticket, encode_all(tokenizer, pairs=test_pairs, **ticket_prompt(ticket, template)), train=False)[:2]
-        gains[name] = audit_ticket(model, tokenizer, ticket, [], test_pairs, out=Path(out) / name, arms=arms, template=template, **options).decomposition
+        examples = encode_all(tokenizer, pairs=test_pairs, **ticket.prompt(get_template(template), languages))
+        texts = _translated(model, tokenizer, ticket, arms, [], examples, Path(out) / name / "arms", batch_size, progress, dict(max_new_tokens=max_new_tokens, num_beams=num_beams))
+        gains[name] = decompose(texts["base"], texts["ticket"], [p.target for p in test_pairs], samples=samples, seed=seed)
     return gains

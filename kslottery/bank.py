@@ -9,7 +9,7 @@ __all__ = ['TicketBank']
 from pathlib import Path
 
 from .rows import TunedRows, read_rows
-from .ticket import Ticket
+from .ticket import Ticket, model_fingerprints
 
 # %% ../nbs/06b_bank.ipynb #01f52acd
 class TicketBank:
@@ -27,10 +27,10 @@ class TicketBank:
     @classmethod
     def load(cls, model, tokenizer, folders):
         """A bank of ticket folders, each named as its folder is. Raises ValueError for two of one name, one without rows, or one that was made for another model or tokenizer."""
-        tickets = {}
+        tickets, prints = {}, model_fingerprints(model, tokenizer)
         for folder in map(Path, folders):
             ticket = Ticket.load(folder)
-            ticket.check(model, tokenizer)
+            ticket.check(model, tokenizer, prints)
             if folder.name in tickets or ticket.rows is None:
                 raise ValueError(f"{folder} {'has the name of another ticket' if folder.name in tickets else 'has no tuned rows'}: leave it out, or build the bank from rows")
             tickets[folder.name] = ticket.rows

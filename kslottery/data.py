@@ -10,6 +10,7 @@ __all__ = ['SIDES', 'PROMPTED', 'LANGUAGE_NAMES', 'TEMPLATES', 'Pair', 'load_pai
 import csv
 import enum
 import gzip
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def load_pairs(data, languages: str = "en-ca", limit: int | None = None) -> list
     elif files[0].is_file():
         raise ValueError(f"{files[0]} is neither .jsonl nor .tsv: name two aligned text files (source,target), or convert it")
     else:
-        texts = [(number, _from_record(record, names, f"record {number} of {data}")) for number, record in enumerate(_hub_records(str(data)), 1)]
+        texts = [(number, _from_record(record, names, f"record {number} of {data}")) for number, record in enumerate(itertools.islice(_hub_records(str(data)), limit), 1)]
     pairs = []
     for number, text in texts[:limit]:
         if empty := [side for side, t in text.items() if not t.strip()]:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import fingerprint, progress_bar
+from .core import fingerprint, progress_bar, whole_file
 from .data import Example, collate
-from .rows import TunedRows, whole_weight
+from .rows import TunedRows, weights_fingerprint
 
 # %% ../nbs/06_tuning.ipynb #79207968
 class _HeadLoss(torch.autograd.Function):
@@ -157,11 +157,8 @@ def _write_state(path, run, tensors, notes):
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     content = json.dumps({name: fingerprint(t) for name, t in tensors.items()}, sort_keys=True)
-    part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, metadata={"run": run, "notes": json.dumps(notes), "content": content})
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with whole_file(path) as part:
+        save_file(tensors, part, metadata={"run": run, "notes": json.dumps(notes), "content": content})
 
 
 def _read_state(path, run):
@@ -275,6 +272,8 @@ def _train(model, examples, pad_id, *, lr, epochs, batch_size, seed, label, prog
     "Train what has requires_grad in `model` (and `rows`, if given) on the examples."
     if not examples:
         raise ValueError("there are no examples to train on")
+    if checkpoint and rows is None:
+        raise ValueError("a checkpoint holds the state of row tuning only: leave it out here")
     if save_every < 1:
         raise ValueError(f"save_every is {save_every}: give the number of steps between two checkpoints, 1 or more")
     if checkpoint and more.get("fp16"):
@@ -306,9 +305,9 @@ def _train(model, examples, pad_id, *, lr, epochs, batch_size, seed, label, prog
 
 
 def _fingerprint_of_run(model, rows, examples, settings, more):
-    "What the result of a row tuning depends on: the base embedding, the ids, the examples, the settings."
+    "What the result of a row tuning depends on: the base model, the ids, the examples, the settings."
     more = {k: v for k, v in more.items() if not k.startswith(("logging", "report_to", "output_dir", "dataloader"))}
-    return fingerprint(json.dumps([fingerprint(whole_weight(model.get_input_embeddings())), fingerprint(rows.ids), rows.mode, [e[1:] for e in examples], settings, more], sort_keys=True, default=str))
+    return fingerprint(json.dumps([weights_fingerprint(model), fingerprint(rows.ids), rows.mode, [e[1:] for e in examples], settings, more], sort_keys=True, default=str))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -20,16 +21,31 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from typer.testing import CliRunner
 
+from kslottery.cli import app
 from kslottery.data import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("KSLOTTERY_TEST_DATA", ROOT.parent / "shared" / "data"))  # real parallel text, where a developer has it
 TIED = ("gemma", "gpt2", "bloom")
 ARCHITECTURES = ("llama", "qwen2", "mistral", *TIED)
+WORDS = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0"))
+WORDS.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+TOY = PreTrainedTokenizerFast(tokenizer_object=WORDS, bos_token="t1", eos_token="t63", pad_token="t0", unk_token="t0")
+
+
+class Letters:
+    "The least a tokenizer must do: one token, one word; 0, 1 and 2 are special."
+
+    eos_token_id, pad_token_id, bos_token_id = 2, 0, 1
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(f"t{i}" for i in ids if not (skip_special_tokens and i < 3))
 
 
 def tiny_model(kind, vocabulary=64, hidden=16, seed=0):
@@ -81,6 +97,13 @@ def kslottery(*words, cwd=None):
     "Run the command as a user would: (exit status, standard output, standard error)."
     done = subprocess.run([sys.executable, "-c", "from kslottery.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
+
+
+def invoke(*words):
+    "The command in this process: (exit status, standard output, standard error)."
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="session")

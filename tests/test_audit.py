@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from conftest import ARCHITECTURES, kslottery, talker
+from conftest import ARCHITECTURES, TOY, invoke, kslottery, talker
 from kslottery import audit as audit_module
 from kslottery.audit import (
     CHANNELS,
@@ -35,7 +32,6 @@ from kslottery.audit import (
     template_transfer,
 )
 from kslottery.babel import build_world
-from kslottery.cli import app
 from kslottery.core import load_model
 from kslottery.data import Example, Role, encode_all, get_template, load_pairs
 from kslottery.decomposition import UNKNOWN, Interval, forced_stop
@@ -46,9 +42,6 @@ from kslottery.ticket import Ticket
 from kslottery.tuning import embed_tune, partial_tune
 
 LANGUAGES = "Aldan-Borel"
-WORDS = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0"))
-WORDS.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-TOY = PreTrainedTokenizerFast(tokenizer_object=WORDS, bos_token="t1", eos_token="t63", pad_token="t0", unk_token="t0")
 
 
 def prompts(n=5, seed=0):
@@ -117,16 +110,27 @@ def test_count_matching_takes_the_nearest_and_nobody_twice():
 
 
 @pytest.mark.parametrize(
-    "value, want, result",
-    [((0.1, 0, 0.2), "below", "pass"), ((0.1, 0, 0.2), "above", "fail"), ((0.6, 0.4, 0.8), "above", "cannot tell"), ((0.9, 0.8, 1), "above", "pass")],
+    "value, result", [((0.1, 0, 0.2), "pass"), ((0.6, 0.4, 0.8), "cannot tell"), ((0.9, 0.8, 1), "fail"), ((0.4, 0.3, 0.5), "cannot tell")]
 )
-def test_a_check_needs_its_whole_interval(value, want, result):
-    assert judge(Interval(*value), 0.5, want) == result and judge(UNKNOWN, 0.5, want) == judge(None, 0.5, want) == "cannot tell"
+def test_a_check_needs_its_whole_interval(value, result):
+    assert judge(Interval(*value), 0.5) == result and judge(UNKNOWN, 0.5) == judge(None, 0.5) == "cannot tell"
+
+
+def test_the_sentence_of_a_check_speaks_of_the_arm_that_decided():
+    arms = [audit_module.Arm(name, name, (1,)) for name in ("random_rows", "random_rows_2", "count_matched_rows")]
+    said = lambda *values: next(
+        c for c in audit_module._arm_checks(arms, dict(zip([a.name for a in arms], values)), audit_module.THRESHOLDS) if c.name == "controls"
+    )
+    open_, over, under = Interval(0.6, 0.4, 0.8), Interval(0.55, 0.51, 0.59), Interval(0.1, 0.0, 0.2)
+    assert (found := said(open_, over, under)).result == "fail" and found.value == over and "(random_rows_2) recover 55%" in found.sentence
+    assert (found := said(open_, under, under)).result == "cannot tell" and found.value == open_
+    assert (found := said(UNKNOWN, under, under)).result == "cannot tell" and "unknown" in found.sentence
+    assert (found := said(under, under, Interval(0.2, 0.1, 0.3))).result == "pass" and "(count_matched_rows) recover 20%" in found.sentence
 
 
 def test_the_verdict_rests_on_the_decisive_checks():
     check = lambda name, result, decisive=True: audit_module.Check(name, "?", result, None, 0.5, f"The {name} sentence.", decisive)
-    names = ("gain", "stopping", "outside", "controls", "noise")
+    names = ("gain", "stopping", "template", "controls", "noise")
     said = lambda **results: _verdict([check(n, results.get(n, "pass")) for n in names] + [check("one_row", results.get("one_row", "pass"), False)])
     assert said()[0] == said(one_row="fail")[0] == "real"
     assert said(controls="fail", noise="cannot tell") == ("artefact", "An artefact: the controls sentence.")
@@ -153,6 +157,11 @@ def test_membership_is_told_from_frequency():
     assert frequency["pairs"] == prompt["pairs"] == 7 and prompt["template"] == 4 and prompt["matched"] > 50
     assert prompt["wilcoxon_pvalue"] == pytest.approx(1 / 2**7) and prompt["rank_shift"] > 50 and prompt["rank_shift_pvalue"] < 1e-3
     assert abs(frequency["rank_shift"]) < prompt["rank_shift"] / 3
+    marked = [
+        e._replace(ids=[1, *e.ids, 2], labels=[-100, *e.labels, -100], roles=[0, *e.roles, 0]) for e in examples
+    ]  # BOS and EOS, as often as the template's
+    still = Scan(np.where(np.arange(320) < 3, 0.0, np.where(counts, np.exp(np.log1p(counts) + noise), 0)), None, 8)
+    assert template_membership(still, marked) == frequency  # they belong to neither side
     with pytest.raises(ValueError, match="nothing to compare"):
         template_membership(Scan(np.ones(64), None, 8), [e._replace(roles=[1] * len(e.roles)) for e in prompts()])
 
@@ -219,7 +228,7 @@ def test_every_control_is_a_choice_of_rows(made, audited):
         assert [a.seed for a in draws] == [0, 1, 2] and (name == "noise" or len({a.ids for a in draws}) == 3)
     assert not template & set(arms["count_matched_rows"].ids) and set(arms["template_rows"].ids) <= template
     assert set(arms["all_but_ticket"].ids) | ids == set(ticket.embed_rows.ids.tolist())
-    flipped = audit_module._rows_of(arms["flipped"], model, ticket, [], None, None, "", False)
+    flipped = audit_module._rows_of(arms["flipped"], model, ticket, [], None, "", False)
     torch.testing.assert_close(flipped.delta(model), -ticket.rows.delta(model))
 
 
@@ -352,12 +361,6 @@ def test_what_cannot_be_audited_is_refused(made, tmp_path, change, part):
     with pytest.raises(ValueError, match="base and ticket"):
         run(made, tmp_path / "out", arms=[Arm("base", "base", ())])
     assert not (tmp_path / "out").exists()
-
-
-def invoke(*words):
-    done = CliRunner().invoke(app, [str(w) for w in words])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.stdout, done.stderr
 
 
 def test_audit_from_the_command_line_and_the_card(made, audited, tmp_path):

@@ -20,20 +20,12 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from test_ticket import GREEDY, TOKENIZER, X
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config, T5ForConditionalGeneration
-from typer.testing import CliRunner
 
-from conftest import ROOT, TIED, talker
+from conftest import ROOT, TIED, invoke, talker
 from kslottery.cli import app
 from kslottery.core import load_model
 from kslottery.rows import TunedRows, is_tied
 from kslottery.ticket import Ticket
-
-
-def run(*words):
-    "The command in this process: (exit status, standard output, standard error)."
-    done = CliRunner().invoke(app, [str(w) for w in words])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.stdout, done.stderr
 
 
 def base_in(folder, kind, dtype=torch.float32):
@@ -64,7 +56,7 @@ def ticket_in(folder, base, mode="input_only", ids=(9, 4)):
 def test_a_merged_checkpoint_is_plain_and_gives_the_same_text(kind, mode, dtype, tmp_path):
     model = base_in(tmp_path / "base", kind, dtype)
     ticket = ticket_in(tmp_path / "t", tmp_path / "base", mode)
-    assert run("merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0
+    assert invoke("merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0
     assert {p.name for p in (tmp_path / "m").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"}
     assert not [p.name for p in (tmp_path / "m").iterdir() if p.suffix in (".bin", ".pkl", ".pt")]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
@@ -80,13 +72,13 @@ def test_ticket_to_adapter_to_ticket(kind, tmp_path):
     model = base_in(tmp_path / "base", kind)
     mode = "shared" if kind in TIED else "input_only"
     ticket = ticket_in(tmp_path / "t", tmp_path / "base", mode)
-    assert run("peft", tmp_path / "t", "--out", tmp_path / "a")[0] == 0 and run("peft", tmp_path / "a", "--out", tmp_path / "again")[0] == 0
+    assert invoke("peft", tmp_path / "t", "--out", tmp_path / "a")[0] == 0 and invoke("peft", tmp_path / "a", "--out", tmp_path / "again")[0] == 0
     again = Ticket.load(tmp_path / "again")
     assert torch.equal(again.rows.rows, ticket.rows.rows) and again.info["mode"] == mode and again.info["model"] == str(tmp_path / "base")
     with ticket.rows.applied(model):
         text = model.generate(X, **GREEDY)
     assert torch.equal(PeftModel.from_pretrained(model, tmp_path / "a").eval().generate(input_ids=X, **GREEDY), text)
-    assert run("merge", tmp_path / "again", "--out", tmp_path / "m")[0] == 0
+    assert invoke("merge", tmp_path / "again", "--out", tmp_path / "m")[0] == 0
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval().generate(X, **GREEDY), text)
 
 
@@ -119,11 +111,11 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path):
     }
     for (command, source, *more), words in cases.items():
         more = [w if w.startswith("-") or "/" in w else tmp_path / w for w in more]
-        status, said, error = run(command, tmp_path / source, *more, "--out", tmp_path / "out")
+        status, said, error = invoke(command, tmp_path / source, *more, "--out", tmp_path / "out")
         assert status == 2 and words in error and error.count("\n") == 1 and error.startswith("kslottery: "), (command, source, error)
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
     for command in ("merge", "peft"):
-        status, _, error = run(command, tmp_path / "t", "--out", tmp_path / "mine")
+        status, _, error = invoke(command, tmp_path / "t", "--out", tmp_path / "mine")
         assert status == 2 and "something else" in error and os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
 
@@ -151,9 +143,9 @@ def test_a_scan_of_tied_checkpoints_is_shared(tmp_path):
         config = json.loads((tmp_path / folder / "config.json").read_text())
         del config["tie_word_embeddings"]
         (tmp_path / folder / "config.json").write_text(json.dumps(config))
-    status, said, error = run("scan", tmp_path / "base", tmp_path / "tuned", "--top-k", 2, "--out", tmp_path / "t")
+    status, said, error = invoke("scan", tmp_path / "base", tmp_path / "tuned", "--top-k", 2, "--out", tmp_path / "t")
     assert status == 0, error
-    assert run("merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0
+    assert invoke("merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert is_tied(merged) and torch.equal(merged.generate(X, **GREEDY), model.generate(X, **GREEDY))
     assert (tmp_path / "t" / "adapter_config.json").exists()
@@ -172,16 +164,16 @@ def notebook(folder, *sources, kernel=None):
 
 
 def test_no_command_prints_the_help():
-    status, said, error = run()
+    status, said, error = invoke()
     assert status == 2 and all(name in said + error for name in COMMANDS) and "130 interrupted" in said + error
-    status, said, error = run("--help")
+    status, said, error = invoke("--help")
     assert status == 0 and error == "" and all(name in said for name in COMMANDS)
-    assert run("--version")[:2] == (0, "kslottery 0.1.0\n")
+    assert invoke("--version")[:2] == (0, "kslottery 0.1.0\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_has_an_example(name):
-    status, said, _ = run(name, "--help")
+    status, said, _ = invoke(name, "--help")
     assert status == 0 and f"Example: kslottery {name}" in said and "--json" in said
 
 
@@ -212,7 +204,7 @@ def test_an_option_means_the_same_everywhere():
 )
 def test_wrong_usage_is_status_2(words, sentence, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    status, said, error = run(*words)
+    status, said, error = invoke(*words)
     assert status == 2 and sentence in error and said == "" and len([line for line in error.splitlines() if sentence in line]) == 1
 
 
@@ -230,13 +222,13 @@ def test_a_broken_notebook_is_refused_in_one_sentence(tmp_path, monkeypatch):
     }
     cases[notebook(tmp_path, "seed = (", "1")] = "parameters cell"
     for path, words in cases.items():
-        status, said, error = run("run", path)
+        status, said, error = invoke("run", path)
         assert status == 2 and words in error and error.count("\n") == 1 and error.startswith("kslottery: ") and said == "", (path, error)
     notebook(tmp_path, "seed = 0", kernel={"name": "ir", "display_name": "R", "language": "R"})
-    assert run("run", "own.ipynb")[0] == 2 and "for R" in run("run", "own.ipynb")[2]
+    assert invoke("run", "own.ipynb")[0] == 2 and "for R" in invoke("run", "own.ipynb")[2]
     (tmp_path / "p.yaml").write_text("seed: !!python/object/apply:os.system ['touch pwned']")
     notebook(tmp_path, "seed = 0")
-    status, _, error = run("run", "own.ipynb", "-f", "p.yaml")
+    status, _, error = invoke("run", "own.ipynb", "-f", "p.yaml")
     assert status == 2 and "not YAML" in error and not (tmp_path / "pwned").exists()
     assert not (tmp_path / "runs").exists()
 
@@ -252,7 +244,7 @@ def test_a_broken_notebook_is_refused_in_one_sentence(tmp_path, monkeypatch):
 )
 def test_a_failed_cell_is_status_1_and_keeps_the_notebook(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, said, error = run("run", notebook(tmp_path, "seed = 0\nprint('so far')", source), "--json")
+    status, said, error = invoke("run", notebook(tmp_path, "seed = 0\nprint('so far')", source), "--json")
     assert status == 1 and said == "" and error.count("\n") == 1 and words in error and "runs/own/own.ipynb" in error and "Jupyter" in error
     kept = nbformat.read(tmp_path / "runs" / "own" / "own.ipynb", as_version=4)
     assert any(o.get("text") == "so far\n" for c in kept.cells for o in c.get("outputs", [])) and os.listdir(tmp_path / "runs" / "own") == ["own.ipynb"]
@@ -278,7 +270,7 @@ def test_parameters_from_a_file(tmp_path, monkeypatch):
     write = "import json\njson.dump({'summary': [f'{seed} {rate} {name}']}, open(f'{out}/results.json', 'w'))"
     own = notebook(tmp_path, "seed = 0\nrate = 0.1\nname = 'x'\nout = 'o'", write)
     (tmp_path / "p.yaml").write_text("seed: 5\nrate: 1e-5\nname: 'no'\n")
-    status, said, error = run("run", own, "-f", "p.yaml", "-p", "seed=7", "--json")
+    status, said, error = invoke("run", own, "-f", "p.yaml", "-p", "seed=7", "--json")
     assert status == 0, error
     found = json.loads(said)
     assert (
@@ -335,9 +327,9 @@ def test_no_bars_outside_a_terminal(tmp_path, monkeypatch):
     monkeypatch.delenv("KSLOTTERY_PROGRESS", raising=False)
     for kind in ("base", "tuned"):
         base_in(tmp_path / kind, "llama")
-    status, _, error = run("scan", tmp_path / "base", tmp_path / "tuned", "--all", "--top-k", "2", "--out", tmp_path / "t")
+    status, _, error = invoke("scan", tmp_path / "base", tmp_path / "tuned", "--all", "--top-k", "2", "--out", tmp_path / "t")
     assert status == 0 and "\r" not in error and "\x1b" not in error
-    status, said, error = run("merge", tmp_path / "t", "--model", tmp_path / "base", "--out", tmp_path / "m", "--json")
+    status, said, error = invoke("merge", tmp_path / "t", "--model", tmp_path / "base", "--out", tmp_path / "m", "--json")
     assert (
         status == 0
         and error == ""
@@ -349,40 +341,40 @@ def test_a_card_for_the_hub(tmp_path):
     "A local path is no base model there; who publishes says which it was, and later certificates and audits keep it."
     base_in(tmp_path / "base", "llama")
     ticket = ticket_in(tmp_path / "t", tmp_path / "base")
-    status, said, _ = run("card", tmp_path / "t")
+    status, said, _ = invoke("card", tmp_path / "t")
     assert status == 0 and said == (tmp_path / "t" / "README.md").read_text() and ModelCard(said).data.base_model is None
-    status, said, error = run("card", tmp_path / "t", "--base-model", "org/base", "--license", "mit")
+    status, said, error = invoke("card", tmp_path / "t", "--base-model", "org/base", "--license", "mit")
     assert status == 0 and "written anew" in said, error
     Ticket.load(tmp_path / "t").add_certificates(tmp_path / "t", [])
     data = ModelCard((tmp_path / "t" / "README.md").read_text()).data
     assert (data.base_model, data.license) == ("org/base", "mit")
-    found = json.loads(run("card", tmp_path / "t", "--json")[1])
+    found = json.loads(invoke("card", tmp_path / "t", "--json")[1])
     assert (found["base_model"], found["model"], found["size"], found["verdict"]) == ("org/base", str(tmp_path / "base"), 2, None) and found["text"].startswith(
         "---\n"
     )
     assert torch.equal(Ticket.load(tmp_path / "t").rows.rows, ticket.rows.rows)
-    assert run("merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0  # where the model is, it is still known
+    assert invoke("merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0  # where the model is, it is still known
     for wrong in (tmp_path / "base", "a b"):
-        status, _, error = run("card", tmp_path / "t", "--base-model", wrong)
+        status, _, error = invoke("card", tmp_path / "t", "--base-model", wrong)
         assert status == 2 and "owner/name" in error and error.count("\n") == 1
     (tmp_path / "t" / "README.md").unlink()
-    assert run("card", tmp_path / "t")[0] == 0 and (tmp_path / "t" / "README.md").exists()
+    assert invoke("card", tmp_path / "t")[0] == 0 and (tmp_path / "t" / "README.md").exists()
 
 
 def test_the_built_in_world_by_its_command(tmp_path):
-    status, said, error = run("babel", "--size", "small", "--out", tmp_path / "world", "--json")
+    status, said, error = invoke("babel", "--size", "small", "--out", tmp_path / "world", "--json")
     assert status == 0, error
     found = json.loads(said)
     assert found["model"] == str(tmp_path / "world") and all(len(Path(s["path"]).read_text().splitlines()) == s["pairs"] > 0 for s in found["splits"].values())
     assert json.loads(Path(found["splits"]["train"]["path"]).read_text().split("\n")[0]) == found["sample"]
     model, _ = load_model(found["model"])
     assert sum(p.numel() for p in model.parameters()) == found["parameters"]
-    status, said, _ = run("babel", "--size", "small")
+    status, said, _ = invoke("babel", "--size", "small")
     assert status == 0 and found["sample"]["source"] in said and "In Borel" in said
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
     for words, sentence in ((("--size", "big"), "choose default, small"), (("--size", "small", "--out", tmp_path / "mine"), "something else")):
-        status, _, error = run("babel", *words)
+        status, _, error = invoke("babel", *words)
         assert status == 2 and sentence in error and error.count("\n") == 1
 
 
@@ -391,21 +383,21 @@ def test_the_doctor(monkeypatch):
         raise AssertionError("the doctor reads no network")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
-    status, said, error = run("doctor", "--json")
+    status, said, error = invoke("doctor", "--json")
     found = json.loads(said)
     assert status == 0 and error == "" and found["ok"] and found["uses"]["kslottery run"]["ok"]
     assert found["packages"]["torch"]["version"] == torch.__version__ and found["devices"][0]["device"] == "cpu"
     stated = re.search(r"^requirements = (.*)", (ROOT / "settings.ini").read_text(), re.MULTILINE)[1].split()
     assert sorted(name + p["needs"] for name, p in found["packages"].items()) == sorted(stated)
-    assert run("doctor")[0] == 0 and "ready      kslottery run" in run("doctor")[1]
+    assert invoke("doctor")[0] == 0 and "ready      kslottery run" in invoke("doctor")[1]
 
 
 def test_the_doctor_where_something_is_missing(monkeypatch):
     for name in ("papermill", "sentencepiece", "numba"):
         monkeypatch.setitem(sys.modules, name, None)
-    status, said, _ = run("doctor")
+    status, said, _ = invoke("doctor")
     assert status == 0 and "kslottery run: papermill (pip install 'kslottery[run]')" in said and "MISSING    numba" in said and "slower" in said
-    status, said, error = run("run", "quickstart")
+    status, said, error = invoke("run", "quickstart")
     assert status == 2 and said == "" and error.count("\n") == 1 and "pip install 'kslottery[run]'" in error
     code = "import sys; sys.modules.update(torch=None, scipy=None)\n" + MAIN  # from the start: the command needs them itself
     done = subprocess.run([sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True)

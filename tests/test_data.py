@@ -257,3 +257,12 @@ def test_languages_are_needed_only_where_the_template_says_them():
     with pytest.raises(ValueError, match="'explicit' says the languages"):
         encode_all(TOKENIZERS["bpe"], "explicit", [pair])
     assert encode_all(TOKENIZERS["bpe"], "Say {source}: {target}", [pair]) == encode_all(TOKENIZERS["bpe"], "Say {source}: {target}", [pair], "en-ca")
+
+
+def test_a_limit_reads_no_more_of_the_hub_than_it_needs(monkeypatch):
+    def records(spec):
+        yield from [{"en": "a", "ca": "b"}, {"en": "c", "ca": "d"}]
+        pytest.fail("it read on")
+
+    monkeypatch.setattr("kslottery.data._hub_records", records)
+    assert [p.source for p in load_pairs("some/set", "en-ca", limit=2)] == ["a", "c"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from conftest import tiny_model
+from conftest import Letters, tiny_model
 from kslottery.data import Example
 from kslottery.decomposition import Interval, decompose, forced_stop, plot_decomposition, recovery
 from kslottery.evaluation import METRICS, Translation, first_line, score, sentence_statistics, translate
@@ -145,15 +145,6 @@ def test_the_interval_covers_at_its_nominal_rate(which, monkeypatch):
         halved += (found.low + found.value) / 2 <= truth <= (found.high + found.value) / 2
     low, high = binom.ppf([0.0005, 0.9995], 200, 0.95)
     assert halved < low <= covered <= high, (covered, halved)
-
-
-class Letters:
-    "One token, one word; 0, 1 and 2 are special."
-
-    eos_token_id, pad_token_id, bos_token_id = 2, 0, 1
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(f"t{i}" for i in ids if not (skip_special_tokens and i < 3))
 
 
 def test_forced_stop_cuts_at_the_tuned_length():

@@ -123,7 +123,7 @@ CAUGHT = {  # (function, error) that the function itself catches, or that a call
 }
 FROM_ELSEWHERE = {  # (function, error) that another library raises
     ("core.write_json", "ValueError"): "json, for NaN",
-    ("cli.execute", "PapermillExecutionError"): "papermill",
+    ("run.execute", "PapermillExecutionError"): "papermill",
 }
 
 
@@ -247,12 +247,12 @@ METHOD = (
     "audit",
 )  # statistics, trainings, scores: somebody's invention, be it ours
 NO_METHOD = {
-    "core": "files, fingerprints, progress", "checkpoints": "reading files; the test is that of ks", "data": "reading and writing out sentences", "babel": "a world of our own",
+    "run": "notebooks and their reports", "doctor": "what is installed", "core": "files, fingerprints, progress", "checkpoints": "reading files; the test is that of ks", "data": "reading and writing out sentences", "babel": "a world of our own",
     "rows": "a mechanism, no method", "ticket": "a file format", "bank": "a mechanism, no method", "plots": "pictures of what other modules found", "cli": "commands",
 }  # fmt: skip
 PLUMBING = {  # functions of the first that hand on, look up or count
     "ks.map_rows", "tuning.active_ids", "tuning.trainable_parameters", "evaluation.get_extraction", "evaluation.signatures", "evaluation.prompt_fields", "evaluation.exact_match", "losses.ladder_sizes",
-    "losses.ticket_prompt", "audit.split_template", "audit.judge", "decomposition.plot_decomposition",
+    "audit.split_template", "audit.judge", "decomposition.plot_decomposition",
 }  # fmt: skip
 YEAR = re.compile(r"\b(19|20)\d\d\b")
 

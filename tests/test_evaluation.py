@@ -18,7 +18,7 @@ from scipy.stats import beta, binom
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_model
+from conftest import Letters, tiny_model
 from kslottery.core import fingerprint
 from kslottery.data import TEMPLATES, Example, Pair, Role, collate, get_template
 from kslottery.evaluation import (
@@ -49,15 +49,6 @@ from kslottery.evaluation import (
     whole,
 )
 from kslottery.rows import TunedRows
-
-
-class Letters:
-    "The least a tokenizer must do here."
-
-    eos_token_id, pad_token_id, bos_token_id = 2, 0, 1
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(f"t{i}" for i in ids if not (skip_special_tokens and i in (0, 1, 2)))
 
 
 def prompts(n=12):

@@ -1,18 +1,16 @@
 """Losses against a reference model, and `kslottery certify` as a user meets it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from conftest import kslottery
+from conftest import TOY, invoke, kslottery, talker
 from kslottery.babel import build_world
-from kslottery.cli import app
 from kslottery.core import load_model
-from kslottery.data import encode_all, get_template, load_pairs
+from kslottery.data import Pair, encode_all, get_template, load_pairs
 from kslottery.ks import ks_scan
 from kslottery.losses import Calibration, certify_ticket, ladder_sizes, tuned_anew
 from kslottery.rows import TunedRows
@@ -41,12 +39,6 @@ def ticket(world, loaded):
         model, tokenizer, ids, name=world.folder, scan=scan, rows=embed_rows.restrict(ids), embed_rows=embed_rows, sentences=[p.hash for p in train],
         template=asdict(get_template("babel")), languages="Aldan-Borel", settings=dict(lr_partial=1e-2, epochs=1, batch_size=50),
     )  # fmt: skip
-
-
-def invoke(*words):
-    "The command in this process: (exit status, standard output, standard error)."
-    done = CliRunner().invoke(app, [str(w) for w in words])
-    return done.exit_code, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +104,48 @@ def test_a_ladder_of_tuned_tickets(ticket, loaded, fresh, world):
     assert rows_of(best) is tuned and tuned.ids.tolist() == sorted(best.tolist()) and torch.any(tuned.delta(model) != 0) and len(rows_of([])) == 0
     found = certify_ticket(model, tokenizer, ticket, fresh, 0.9, 0.1, loss="tokens", sizes=[2], rows_of=rows_of, max_new_tokens=20, progress=False)
     assert len(found) == 1 and found[0].size == 2 and found[0].confidence == 0.9
-    with pytest.raises(ValueError, match="not among the sentences"):
-        tuned_anew(model, tokenizer, ticket, fresh)
+    for wrong in (fresh, train[:20], [*train, fresh[0]]):  # all of its own data, and nothing else
+        with pytest.raises(ValueError, match="not the same"):
+            tuned_anew(model, tokenizer, ticket, wrong)
+    assert tuned_anew(model, tokenizer, ticket, train[::-1])
+
+
+def test_sentences_that_served_before_are_recognised(ticket, loaded, fresh):
+    "In another order, or some of them only: the second certificate says so."
+    mine = replace(ticket, certificates=[])
+    certify = lambda pairs: certify_ticket(*loaded, mine, pairs, 0.9, 0.1, loss="tokens", sizes=[2], max_new_tokens=8, progress=False)
+    first = certify(fresh[:10])
+    mine.certificates += first
+    assert not any("have served" in a for a in first[0].assumptions)
+    for pairs, seen in ((fresh[9::-1], True), (fresh[8:16], True), (fresh[10:], False)):
+        assert any("have served" in a for a in certify(pairs)[0].assumptions) == seen
+
+
+def test_a_claim_names_the_source_of_the_rows(ticket, loaded, fresh):
+    "Rows out of Embed Tuning that are compared with another model are not that model's rows."
+    model, tokenizer = loaded
+    other = ticket.embed_rows.scale(model, 0.9).merged(model)
+    made = [
+        certify_ticket(model, tokenizer, ticket, fresh, 0.9, 0.1, loss="tokens", sizes=[2], max_new_tokens=8, progress=False, reference=r)[0].claim
+        for r in (None, other)
+    ]
+    assert "taken over from the reference model" in made[0] and "taken over from Embed Tuning" in made[1]
+
+
+def test_shared_rows_are_certified_as_shared_rows():
+    "On a tied model all moved rows together are the reference model, output included: no loss at all."
+    base = talker("gpt2")
+    moved = TunedRows([5, 6, 9], TunedRows.of(base, [5, 6, 9]).rows.detach() * -3, "shared")
+    tuned = moved.merged(base)
+    scan = ks_scan(*(m.get_input_embeddings().weight for m in (base, tuned)))
+    ids = scan.top(2)
+    mine = Ticket.make(base, TOY, ids, name="toy", scan=scan, rows=moved.restrict(ids))
+    pairs = [Pair(str(i), f"t{i} t5 t6", f"t{i}") for i in range(7, 27)]
+    asked = dict(loss="tokens", sizes=[3], reference=tuned, template="prompt", languages="a-b", vouched=True, max_new_tokens=8, progress=False)
+    (found,) = certify_ticket(base, TOY, mine, pairs, 0.9, 0.1, **asked)
+    assert found.path[-1]["risk"] == 0
+    wrong = replace(mine, info=mine.info | {"mode": "input_only"})
+    assert certify_ticket(base, TOY, wrong, pairs, 0.9, 0.1, **asked)[0].path[-1]["risk"] > 0
 
 
 def test_ladder_sizes():

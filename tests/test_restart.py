@@ -176,3 +176,18 @@ def test_kill_9_at_three_random_moments(tmp_path, unbroken):
 @pytest.mark.parametrize("seed", range(1, 8))
 def test_kill_9_at_twenty_one_random_moments(seed, tmp_path, unbroken):
     killed(seed, tmp_path, unbroken)
+
+
+def test_a_checkpoint_knows_the_whole_base_model(tmp_path):
+    "Two models with one embedding are not one model."
+    other = tiny_model("gpt2")
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    tune(tmp_path / "run.safetensors", n=20)
+    with pytest.raises(ValueError, match="another run"):
+        partial_tune(other, [7, 12, 30], examples(20), checkpoint=tmp_path / "run.safetensors", **KIND)
+
+
+def test_full_fine_tuning_has_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="row tuning only"):
+        full_fine_tune(tiny_model("gpt2"), examples(4), checkpoint=tmp_path / "run.safetensors", **KIND)
