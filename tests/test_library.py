@@ -76,7 +76,7 @@ def test_stored_outputs_are_whole(notebook):
     cells = json.loads(notebook.read_text())["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     assert not [o for c in code for o in c["outputs"] if o["output_type"] == "error"]
-    assert any(o for c in code for o in c["outputs"]) or notebook.stem == "index", "store the outputs: make notebooks NB=..."
+    assert any(o for c in code for o in c["outputs"]) or notebook.stem == "index" or not code, "store the outputs: make notebooks NB=..."
     assert str(ROOT) not in notebook.read_text() and str(Path.home()) not in notebook.read_text(), "a stored output names a path of one machine"
     told = [
         f"cell {n}: {json.dumps(o)[:200]}"
