@@ -313,7 +313,7 @@ def write_report(notebook: Path, report: Path):
     executed = nbformat.read(notebook, as_version=4)
     title = next((line[2:] for c in executed.cells if c.cell_type == "markdown" for line in c.source.split("\n") if line.startswith("# ")), notebook.stem)
     made, command = _origin(executed)
-    light, dark = (HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight") for style in ("default", "github-dark"))
+    light, dark = (re.sub(r" */\*.*?\*/", "", HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")) for style in ("default", "github-dark"))
     css = f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n{_CSS}"
     exporter = HTMLExporter(raw_template=_PAGE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
     html, _ = exporter.from_notebook_node(_for_the_page(executed), {"report": dict(title=title, made=made, command=command, css=css, site=SITE)})
