@@ -79,6 +79,13 @@ def _base(found, model, revision, dtype="auto"):
     name, revision = model or found.info["model"], revision or (None if model else found.info["revision"])
     return name, revision, *load_model(name, revision, dtype)
 
+
+def _on_the_accelerator(model):
+    "The model, moved to the GPU if there is one."
+    import torch
+
+    return model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+
 # %% ../nbs/11_cli.ipynb #cb919c5c
 @app.command()
 def run(
@@ -267,8 +274,9 @@ def certify(
         pairs = load_pairs(calibration, languages, limit or None)
         names = groups.read_text(encoding="utf-8").splitlines()[: len(pairs)] if groups else None
         *_, lm, tokenizer = _base(found, model, revision)
+        lm, other = _on_the_accelerator(lm), _on_the_accelerator(load_model(reference)[0]) if reference else None
         certificates = certify_ticket(
-            lm, tokenizer, found, pairs, epsilon, delta, loss=loss, ladder=ladder != "none", reference=load_model(reference)[0] if reference else None,
+            lm, tokenizer, found, pairs, epsilon, delta, loss=loss, ladder=ladder != "none", reference=other,
             rows_of=tuned_anew(lm, tokenizer, found, load_pairs(train, languages)) if ladder == "tuning" else None, template=template or None,
             languages=languages, vouched=vouched, groups=names, batch_size=batch_size,
             max_new_tokens=max_new_tokens or (found.info.get("data") or {}).get("max_new_tokens", 256),

@@ -218,11 +218,12 @@ pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation M
 details.code > summary { cursor: pointer; color: var(--faint); font-size: .8rem; margin: .3em 0 }
 .output_html, .output_markdown, .text_cell { overflow-x: auto } .output_stderr, .output_error { background: var(--bad); padding: 0 .9em; border-radius: 6px }
 table { border-collapse: collapse; border: 0; font-size: .86em; line-height: 1.4; margin: 1em 0; font-variant-numeric: tabular-nums }
-th, td { border: 0; padding: .4em .8em; text-align: right; vertical-align: top } thead { border-bottom: 2px solid var(--line) } thead th { vertical-align: bottom }
+th, td { border: 0; padding: .4em .8em; text-align: right; vertical-align: top } main .dataframe tbody tr th:only-of-type { vertical-align: top } thead { border-bottom: 2px solid var(--line) } thead th { vertical-align: bottom }
 tbody tr { border-bottom: 1px solid var(--line) } tbody tr:nth-child(odd) { background: var(--band) } tbody th, .text_cell td, .text_cell th { text-align: left; font-weight: 600 } .text_cell td { font-weight: 400 }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px }
 footer { margin-top: 4rem; border-top: 1px solid var(--line); color: var(--faint); font-size: .85rem }
-@media screen and (max-width: 40rem) { body { font-size: 15px } main { padding: .5rem .9rem } th, td { padding: .35em .5em } table { width: max-content } td { max-width: 16rem } }
+@media screen { table { width: max-content } td { max-width: 24rem } }
+@media screen and (max-width: 40rem) { body { font-size: 15px } main { padding: .5rem .9rem } th, td { padding: .35em .5em } td { max-width: 16rem } }
 @media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --faint: #9198a1; --paper: #0d1117; --line: #3d444d; --band: #161b22; --link: #6cb0ff; --bad: #33191a }
   .output_png img, .output_svg img, .output_jpeg img { padding: .5rem }
@@ -312,7 +313,7 @@ def write_report(notebook: Path, report: Path):
     executed = nbformat.read(notebook, as_version=4)
     title = next((line[2:] for c in executed.cells if c.cell_type == "markdown" for line in c.source.split("\n") if line.startswith("# ")), notebook.stem)
     made, command = _origin(executed)
-    light, dark = (HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight") for style in ("default", "github-dark"))
+    light, dark = (re.sub(r" */\*.*?\*/", "", HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")) for style in ("default", "github-dark"))
     css = f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n{_CSS}"
     exporter = HTMLExporter(raw_template=_PAGE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
     html, _ = exporter.from_notebook_node(_for_the_page(executed), {"report": dict(title=title, made=made, command=command, css=css, site=SITE)})

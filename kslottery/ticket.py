@@ -55,7 +55,7 @@ def _hub_id(name) -> str | None:
         validate_repo_id(str(name))
     except HFValidationError:
         return None
-    return None if Path(name).expanduser().exists() else str(name)
+    return None if name is None or Path(name).expanduser().exists() else str(name)
 
 
 def _info(ids, name, revision, tied, modules, matrix, tuned, tokenizer, fingerprints, facts):

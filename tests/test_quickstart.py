@@ -19,6 +19,7 @@ from kslottery.core import load_model
 from kslottery.data import Template, encode_all, load_pairs
 from kslottery.evaluation import score, translate
 from kslottery.rows import TunedRows
+from kslottery.run import SITE
 from kslottery.ticket import Ticket
 
 SCHEMA = json.loads((ROOT / "kslottery" / "results.schema.json").read_text())
@@ -137,6 +138,7 @@ def test_the_report_is_self_contained(quickstart, results):
     assert "<script" not in page and "data:image/png;base64" in page and '<details class="code">' in page
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", re.sub(r'<a [^>]*href="[^"]*"', "", page))
     assert "Traceback" not in page
+    assert f"{SITE}babel.html" in page and ".ipynb)" not in page and "kslottery run quickstart -p fast=True" in page  # where it leads, and how it was made
     assert "<s>" not in page and ("<s>" not in results["ticket"]["tokens"] or "&lt;s&gt;" in page)  # tokens are text, whatever they look like
 
 
