@@ -76,7 +76,12 @@ def test_stored_outputs_are_whole(notebook):
     assert not [o for c in code for o in c["outputs"] if o["output_type"] == "error"]
     assert any(o for c in code for o in c["outputs"]) or notebook.stem == "index", "store the outputs: make notebooks NB=..."
     assert str(ROOT) not in notebook.read_text() and str(Path.home()) not in notebook.read_text(), "a stored output names a path of one machine"
-    told = [f"cell {n}: {json.dumps(o)[:200]}" for n, c in enumerate(cells) for o in c.get("outputs", []) if o.get("name") == "stderr" or "widget" in str([*o.get("data", {})])]
+    told = [
+        f"cell {n}: {json.dumps(o)[:200]}"
+        for n, c in enumerate(cells)
+        for o in c.get("outputs", [])
+        if o.get("name") == "stderr" or "widget" in str([*o.get("data", {})])
+    ]
     assert not told, "warnings and progress bars are stored: keep the cell from showing them, and make notebooks NB=..."
     assert cells[0]["cell_type"] == "markdown" and "".join(cells[0]["source"]).startswith("# ")
 
