@@ -103,7 +103,9 @@ def kslottery(words):
 
 def run_line(line):
     "One line of a shell block."
-    command, *words = shlex.split(line, comments=True)
+    command, *words = shlex.split(line, comments=True) or [""]
+    if not command:  # a comment
+        return
     if command == "kslottery":
         kslottery(words)
     elif command == "source":
