@@ -152,15 +152,21 @@ def load_model(name: str, revision: str | None = None, dtype: str = "auto"):
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if Path(name).expanduser().is_dir() and not (Path(name).expanduser() / "config.json").exists():
+    folder = Path(name).expanduser()
+    path = str(folder) if folder.is_dir() else str(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
         raise FileNotFoundError(f"{name} has no config.json: it is not a checkpoint folder")
-    path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else str(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{name} holds no safetensors file (pickled weights are not opened): convert it with save_pretrained")
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):  # transformers would make an empty one up
+        raise FileNotFoundError(f"{name} holds no tokenizer: save the model's own there with tokenizer.save_pretrained")
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
             model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
     except OSError as error:
-        raise FileNotFoundError(f"model {name} is neither a checkpoint folder here nor a model that can be loaded ({str(error).splitlines()[0][:160]})") from error
+        what = "is a folder that cannot be loaded: is it complete?" if folder.is_dir() else "is neither a checkpoint folder here nor a model that can be loaded"
+        raise FileNotFoundError(f"model {name} {what} ({str(error).splitlines()[0][:160]})") from error
     except ValueError as error:  # an encoder-decoder, say
         raise ValueError(f"model {name} cannot be loaded as a causal language model ({str(error).splitlines()[0][:160]}): choose a decoder-only one") from error
     if tokenizer.pad_token_id is None:

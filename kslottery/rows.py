@@ -222,7 +222,7 @@ class TunedRows(torch.nn.Module):
         ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
         missing = ids[~torch.isin(ids, self.ids)]
         if len(missing):
-            raise ValueError(f"there is no tuned row for token id {int(missing[0])}: restrict to some of the {len(self)} that there are")
+            raise ValueError(f"there is no tuned row for token id {int(missing[0])}: restrict to some of the {len(self)} that there are (a scan's best rows, if fewer of them moved than were asked for, hold such ids)")
         keep = torch.isin(self.ids, ids)
         return TunedRows(self.ids[keep], self.rows[keep.to(self.rows.device)], self.mode)
 

@@ -274,6 +274,9 @@ def _train(model, examples, pad_id, *, lr, epochs, batch_size, seed, label, prog
         raise ValueError("there are no examples to train on")
     if checkpoint and rows is None:
         raise ValueError("a checkpoint holds the state of row tuning only: leave it out here")
+    for name, value in dict(lr=lr, epochs=epochs, batch_size=batch_size).items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}: it must be greater than 0, or nothing is tuned")
     if save_every < 1:
         raise ValueError(f"save_every is {save_every}: give the number of steps between two checkpoints, 1 or more")
     if checkpoint and more.get("fp16"):
@@ -336,7 +339,7 @@ def tune_rows(
     share_prefix: run the tokens that all examples of a batch begin with only once; it takes less time, and the rows agree up to fp32 rounding. Not for dropout, activation checkpointing, torch_compile, shared rows or recurrent models.
     training: further arguments for transformers' `TrainingArguments`, such as bf16, gradient_accumulation_steps, activation_checkpointing, torch_compile, report_to with output_dir.
     Returns the tuned rows, fp32. All of them are stepped at every step, so that the result equals dense AdamW (torch's plain one, optim="adamw_torch") on the whole matrix.
-    Raises ValueError for no ids, no examples, ids outside the vocabulary, a run that diverges, an argument that the recipe decides, a prefix that cannot be shared, or a checkpoint that is broken or another run's.
+    Raises ValueError for no ids, no examples, ids outside the vocabulary, a run that diverges, an argument that the recipe decides, a prefix that cannot be shared, a checkpoint that is broken or another run's, or an lr, epochs or batch_size that is not positive.
     Source: the authors' scripts for optimizer, schedule and warm-up; clipping, checkpoints and the shared prefix are ours.
     """
     if not len(ids):
@@ -381,7 +384,7 @@ def partial_transfer(embed_rows: TunedRows, ids) -> TunedRows:
 
 # %% ../nbs/06_tuning.ipynb #c34b81bf
 def full_fine_tune(model, examples, *, lr=2e-5, epochs=3, batch_size=128, seed=0, label="Full fine-tuning", progress=True, **training):
-    "Fine-tune all parameters of a copy of `model`; returns the copy. `training` goes to `TrainingArguments`. Raises ValueError for no examples or a run that diverges. Source: a baseline of the paper; the defaults are those of `embed_tune`."
+    "Fine-tune all parameters of a copy of `model`; returns the copy. `training` goes to `TrainingArguments`. Raises ValueError for no examples, a run that diverges, or an lr, epochs or batch_size that is not positive. Source: a baseline of the paper; the defaults are those of `embed_tune`."
     tuned = copy.deepcopy(model).requires_grad_(True)
     _train(tuned, examples, 0, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed, label=label, progress=progress, **training)
     return tuned

@@ -3,7 +3,9 @@
 import base64
 import json
 import re
+from configparser import ConfigParser
 from pathlib import Path
+from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,10 +17,26 @@ def figures(notebook: Path) -> dict[str, bytes]:
     return {f"nbs/images/{notebook.stem}-{n}.png": base64.b64decode(image) for n, image in enumerate(stored, 1)}
 
 
+def badges() -> str:
+    "What settings.ini says about the package, and the paper. They are pictures from elsewhere, so the docs site does without."
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    package, picture = config["DEFAULT"], "https://img.shields.io/badge/{}-{}-{}"
+    shown = (
+        ("version", package["version"], "blue", "settings.ini"),
+        ("python", f"{package['min_python']}+", "blue", "settings.ini"),
+        ("licence", {"apache2": "Apache 2.0"}[package["license"]], "green", "LICENSE"),
+        ("paper", "arXiv 2402.02801", "b31b1b", "https://arxiv.org/abs/2402.02801"),
+    )
+    return "\n".join(f"[![{name}: {text}]({picture.format(name, quote(text), colour)})]({link})" for name, text, colour, link in shown)
+
+
 def render(notebook: Path) -> str:
-    "The notebook as Markdown: hidden cells left out, links to notebooks made relative to the repository."
+    "The notebook as Markdown: hidden cells left out, links to notebooks made relative to the repository, badges under the title."
     names, parts = iter(figures(notebook)), ["<!-- Generated from nbs/index.ipynb by `make export`. Do not edit. -->"]
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        if number == 1:
+            parts.append(badges())
         source, alt = "".join(cell["source"]), "figure"
         if found := re.match(r"#\| fig-alt: (.+)\n", source):
             source, alt = source[found.end() :], found[1]

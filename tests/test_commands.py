@@ -93,6 +93,11 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path):
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     t5.save_pretrained(tmp_path / "t5")
     TOKENIZER.save_pretrained(tmp_path / "t5")
+    torch.save({}, tmp_path / "gpt2" / "pytorch_model.bin")
+    (tmp_path / "gpt2" / "model.safetensors").rename(tmp_path / "moved")  # what older checkpoints are like
+    with pytest.raises(FileNotFoundError, match="no safetensors file.*convert it"):
+        load_model(tmp_path / "gpt2")
+    (tmp_path / "moved").rename(tmp_path / "gpt2" / "model.safetensors")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
     (tmp_path / "nameless").mkdir()

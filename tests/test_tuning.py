@@ -107,6 +107,10 @@ def test_what_is_refused():
         tune_rows(model, [7], [], lr=1e-2, epochs=1)
     with pytest.raises(ValueError, match="diverged|NaN"):
         partial_tune(model, [7, 12], examples(), lr=float("inf"), epochs=1, batch_size=8, progress=False)
+    for wrong in (dict(epochs=0), dict(epochs=-1), dict(batch_size=0), dict(lr=0.0), dict(lr=float("nan"))):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            partial_tune(model, [7], examples(), **dict(lr=1e-2, epochs=1, batch_size=8, progress=False) | wrong)
 
 
 @pytest.mark.parametrize("kind", TIED)

@@ -1,0 +1,150 @@
+"""What a reader copies works: every fenced block of README and of the notebooks' text is run, as it stands, in a folder that holds what it names.
+
+Models and sentences are stand-ins of the same names; three commands are made smaller (SMALLER). Of `make` and `papermill` lines it is checked that their targets, notebooks and parameters
+exist: CI runs the first, test_notebooks the second. What is no command of these, or names what is not there, fails. Code cells of notebooks are run by test_notebooks.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import asdict
+
+import papermill
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from conftest import ROOT
+from kslottery.babel import build_world
+from kslottery.cli import app
+from kslottery.core import load_model
+from kslottery.data import encode_all, get_template, load_pairs
+from kslottery.ks import ks_scan
+from kslottery.ticket import Ticket
+from kslottery.tuning import embed_tune
+from test_library import NOTEBOOKS
+
+MODELS = ("Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B", "base-model", "runs/pretrain/model")  # here all the small built-in model
+TABLES = {"train": ("train", "train.en-ca"), "test": ("test",), "calibration": ("fresh", "fresh.en-ca")}
+TEXTS = (("eng.txt", "cat.txt"), ("data/ntrex/eng.txt", "data/ntrex/cat.txt"))
+TASKS = {"sentiment": "classify", "topic": "summarise"}
+TICKETS = ("my/ticket", "runs/audit/outputs/stopping/ticket")
+SMALLER = {  # what a command gets in addition, so that it takes seconds
+    ("run", "quickstart"): "-p fast=true -p test_limit=6 -p epochs=1 -p max_new_tokens=12 -p top_k=2",
+    ("run", "tasks"): "-p fast=true -p test_limit=6 -p epochs=1 -p max_new_tokens=6 -p top_k=2",
+    ("audit",): "--fast --limit 6",
+    ("certify",): "--limit 6",
+}
+SENTENCES = 30  # of each table
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def cells(page, kind):
+    return ["".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def blocks(page):
+    "The fenced blocks of README, or of a notebook's text: (language, text)."
+    return FENCE.findall(page.read_text(encoding="utf-8") if page.suffix == ".md" else "\n\n".join(cells(page, "markdown")))
+
+
+HOME = ROOT / "nbs" / "index.ipynb"  # README is made from it
+PAGES = {p.relative_to(ROOT).as_posix(): blocks(p) for p in (ROOT / "README.md", *NOTEBOOKS) if p != HOME and blocks(p)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with stand-ins for all that the blocks name."
+    folder = tmp_path_factory.mktemp("reader")
+    world = build_world(seed=0, size="small", progress=False)
+    for name in MODELS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(world.folder)
+    for split, names in TABLES.items():
+        for name in names:
+            (folder / f"{name}.tsv").write_text("en\tca\n" + "".join(f"{p.source}\t{p.target}\n" for p in load_pairs(world.split(split), limit=SENTENCES)))
+    (folder / "data" / "ntrex").mkdir(parents=True)
+    (folder / "data" / "train").symlink_to(folder / "data")
+    shutil.copy(folder / "train.tsv", folder / "data" / "en-ca.tsv")
+    subprocess.run(["gzip", folder / "data" / "en-ca.tsv"], check=True)
+    for sides in TEXTS:
+        for side, texts in zip(sides, zip(*((p.source, p.target) for p in load_pairs(world.split("test"), limit=SENTENCES)))):
+            (folder / side).write_text("".join(f"{text}\n" for text in texts))
+    for name, task in TASKS.items():
+        for split in ("train", "test"):
+            shutil.copy(world.split(f"{task}-{split}"), folder / f"{name}-{split}.jsonl")
+    weights = load_file(world.folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][[7, 9]] *= 4
+    shutil.copytree(world.folder, folder / "tuned-model")
+    save_file(weights, folder / "tuned-model" / "model.safetensors", {"format": "pt"})
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
+    model, tokenizer = load_model(world.folder)
+    pairs, settings = load_pairs(folder / "train.tsv"), dict(epochs=1, batch_size=10)
+    rows = embed_tune(model, encode_all(tokenizer, "explicit", pairs, "en-ca"), lr=1e-3, progress=False, **settings)
+    scan = ks_scan(*(m.get_input_embeddings().weight for m in (model, rows.merged(model))))
+    for name in TICKETS:
+        Ticket.make(
+            model, tokenizer, scan.top(2), name="base-model", scan=scan, rows=rows.restrict(scan.top(2)), embed_rows=rows, sentences=[p.hash for p in pairs], languages="en-ca",
+            template=asdict(get_template("explicit")), settings=dict(lr_embed=1e-3, lr_partial=1e-3, **settings),
+            data=dict(train="train.tsv", test="test.tsv", test_limit=6, max_new_tokens=12),
+        ).save(folder / name)  # fmt: skip
+    return folder
+
+
+def kslottery(words):
+    extra = " ".join(more for start, more in SMALLER.items() if tuple(words[: len(start)]) == start)
+    done = CliRunner().invoke(app, [*words, *extra.split()])
+    assert done.exit_code == 0, f"kslottery {' '.join(words)}: {done.output[-1500:]}"
+
+
+def run_line(line):
+    "One line of a shell block."
+    command, *words = shlex.split(line, comments=True) or [""]
+    if not command:  # a comment
+        return
+    if command == "kslottery":
+        kslottery(words)
+    elif command == "source":
+        assert os.path.isfile(words[0]), line
+    elif command == "make":
+        done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif command == "papermill":
+        notebook, known = next(w for w in words if w.endswith(".ipynb")), {words[i + 1] for i, w in enumerate(words) if w == "-p"}
+        assert known <= set(papermill.inspect_notebook(str(ROOT / notebook))), line
+    else:
+        pytest.fail(f"nothing here stands in for {command!r}: {line}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(page, place, monkeypatch):
+    "In their order, in one folder."
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("KSLOTTERY_PROGRESS", os.devnull)
+    for language, block in PAGES[page]:
+        if language == "sh":
+            for line in re.sub(r"\\\n\s*", " ", block).strip().split("\n"):
+                run_line(line)
+        elif language == "json":  # records of a data file
+            (place / "block.jsonl").write_text(block)
+            assert load_pairs("block.jsonl")
+        elif language == "python" and page == "README.md":
+            assert block.strip() in [re.sub(r"^#\|.*\n", "", c).strip() for c in cells(HOME, "code")], "no cell of the home page, which test_notebooks runs"
+        elif language == "python":
+            exec(compile(block, page, "exec"), {})
+        else:
+            pytest.fail(f"a block of {page} says it is {language!r}: write sh, python or json, so that it can be tried")
+
+
+def test_home_and_readme_have_the_same_blocks():
+    assert [b for b in PAGES["README.md"] if b[0] != "python"] == blocks(HOME) != []
+
+
+def test_readme_answers_a_question_by_every_command():
+    table = [line for line in (ROOT / "README.md").read_text().split("\n") if line.startswith("| ")]
+    names = [c.name or c.callback.__name__ for c in app.registered_commands]
+    assert [n for n in names if not any(f"`kslottery {n}" in line for line in table)] == []
