@@ -74,17 +74,10 @@ def _say(record, as_json, *lines):
     typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
-def _base(found, model, revision, dtype="auto"):
+def _base(found, model, revision, **options):
     "The model of a ticket, or another one that is named: (name, revision, model, tokenizer)."
     name, revision = model or found.info["model"], revision or (None if model else found.info["revision"])
-    return name, revision, *load_model(name, revision, dtype)
-
-
-def _on_the_accelerator(model):
-    "The model, moved to the GPU if there is one."
-    import torch
-
-    return model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    return name, revision, *load_model(name, revision, **options)
 
 # %% ../nbs/11_cli.ipynb #cb919c5c
 @app.command()
@@ -274,9 +267,8 @@ def certify(
         pairs = load_pairs(calibration, languages, limit or None)
         names = groups.read_text(encoding="utf-8").splitlines()[: len(pairs)] if groups else None
         *_, lm, tokenizer = _base(found, model, revision)
-        lm, other = _on_the_accelerator(lm), _on_the_accelerator(load_model(reference)[0]) if reference else None
         certificates = certify_ticket(
-            lm, tokenizer, found, pairs, epsilon, delta, loss=loss, ladder=ladder != "none", reference=other,
+            lm, tokenizer, found, pairs, epsilon, delta, loss=loss, ladder=ladder != "none", reference=load_model(reference)[0] if reference else None,
             rows_of=tuned_anew(lm, tokenizer, found, load_pairs(train, languages)) if ladder == "tuning" else None, template=template or None,
             languages=languages, vouched=vouched, groups=names, batch_size=batch_size,
             max_new_tokens=max_new_tokens or (found.info.get("data") or {}).get("max_new_tokens", 256),
@@ -349,7 +341,7 @@ def merge(
         found = Ticket.load(ticket)
         if found.rows is None:
             raise ValueError(f"{ticket} has no tuned rows: tune them first, or scan an input embedding")
-        name, revision, base, tokenizer = _base(found, model, revision, found.info["dtype"])
+        name, revision, base, tokenizer = _base(found, model, revision, dtype=found.info["dtype"], device="cpu")
         found.check(base, tokenizer)
         with whole_folder(out, is_own=lambda path: False) as work, quiet_transformers():
             from transformers import AutoTokenizer
@@ -381,7 +373,7 @@ def convert(
         named = json.loads((source / "adapter_config.json").read_text()).get("base_model_name_or_path") if (source / "adapter_config.json").is_file() else None
         if not (model or named):
             raise ValueError(f"{source} is neither a ticket folder nor a PEFT adapter that names its base model: give another folder, or --model")
-        base, tokenizer = load_model(model or named, revision or None)
+        base, tokenizer = load_model(model or named, revision or None, device="cpu")
         Ticket.from_peft(source, base, tokenizer, name=model or named).save(out)
     _say({"out": str(out), "holds": "ticket"}, as_json, f"The ticket: {out}")
 

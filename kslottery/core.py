@@ -144,10 +144,10 @@ def to_accelerator(model):
     return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
-def load_model(name: str, revision: str | None = None, dtype: str = "auto"):
+def load_model(name: str, revision: str | None = None, dtype: str = "auto", device: str = "auto"):
     """Load a causal language model and its fast tokenizer for evaluation: (model, tokenizer).
 
-    name: a checkpoint folder or a Hub id. dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Weights are read from safetensors only; no pickle is loaded.
+    name: a checkpoint folder or a Hub id. dtype: "auto" (as stored), "float32", "bfloat16" or "float16". device: "auto" (the accelerator, if there is one) or a device of torch. Weights are read from safetensors only; no pickle is loaded.
     Raises FileNotFoundError if there is no such model, ValueError if it is no causal language model or its tokenizer has neither a padding nor an EOS token.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -173,4 +173,4 @@ def load_model(name: str, revision: str | None = None, dtype: str = "auto"):
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {name} has neither a padding nor an EOS token: set tokenizer.eos_token and save it")
         tokenizer.pad_token = tokenizer.eos_token  # harmless: labels are explicit (see Data)
-    return model.eval(), tokenizer
+    return (to_accelerator(model) if device == "auto" else model.to(device)).eval(), tokenizer

@@ -28,7 +28,7 @@ def _plain(text):
 
 
 def plot_scan(scan: Scan, counts, tokens: dict[int, str], alpha: float = 0.05, ax=None, names: int = 12):
-    """Statistic against training frequency, the critical value drawn, the best rows named.
+    """Statistic against training frequency, the critical value drawn, the best rows named where there is room.
 
     scan: of V rows; counts: (V,) integers, how often each token occurs in the tuning data; tokens: id -> string, for the rows to name; names: how many of them.
     Rows that never occur are left out (they cannot move). Returns the axes. Raises as `kslottery.ks.Scan.select`.
@@ -42,13 +42,20 @@ def plot_scan(scan: Scan, counts, tokens: dict[int, str], alpha: float = 0.05, a
     for mask, style in ((seen & ~won, dict(color="0.6", label="not selected")), (seen & won, dict(color="C3", label=f"ticket: {won.sum()} rows"))):
         ax.plot(counts[mask], scan.statistic[mask], "o", ms=4, **style)
     ax.axhline(critical_value(alpha, scan.d), color="C0", lw=1, ls="--", label=f"critical value, alpha = {alpha:g}")
-    for j, i in enumerate([i for i in scan.top(min(names, len(counts))) if seen[i]]):
-        side = -1 if j % 2 else 1
-        ax.annotate(
-            _plain(_quoted(token_label(tokens.get(int(i), str(i))))), (counts[i], scan.statistic[i]), xytext=(6 * side, 3), textcoords="offset points",
-            fontsize=8, ha="left" if side > 0 else "right", color="C3" if won[i] else "0.3",
-        )  # fmt: skip
     ax.set(xscale="log", xlabel="occurrences in the tuning data", ylabel="KS statistic D")
+    ax.margins(x=0.1, y=0.08)
+    taken = []
+    for i in [i for i in scan.top(min(names, len(counts))) if seen[i]]:
+        label = _plain(_quoted(token_label(tokens.get(int(i), str(i)))))
+        name = ax.annotate(label, (counts[i], scan.statistic[i]), xytext=(0, 0), textcoords="offset points", fontsize=8, color="C3" if won[i] else "0.3")
+        for x, y in ((6, 2), (-6, 2), (6, -8), (-6, -8), (6, 12), (-6, 12)):  # the first place that is free
+            name.set(position=(x, y), ha="left" if x > 0 else "right")
+            box = name.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+        else:
+            name.remove()
     ax.legend(fontsize=8, loc="upper left")
     return ax
 
@@ -82,7 +89,7 @@ def plot_pvalues(scan: Scan, ax=None):
 def plot_systems(systems: dict[str, dict], metric: str = "bleu", ax=None):
     """Horizontal bars of each system's score for the whole continuation and for the first line.
 
-    systems: name -> result of `kslottery.evaluation.score`; metric: "bleu" or "chrf". Returns the axes.
+    systems: name -> result of `kslottery.evaluation.score`; metric: one that was scored, on a scale to 100. Returns the axes.
     """
     import matplotlib.pyplot as plt
 
@@ -93,7 +100,7 @@ def plot_systems(systems: dict[str, dict], metric: str = "bleu", ax=None):
         bars = ax.barh(y + shift, values, height=0.36, color=colour, label=label)
         ax.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
     ax.set_yticks(y, [_plain(n.replace("_", " ")) for n in systems])
-    ax.set(xlabel={"bleu": "BLEU", "chrf": "chrF2"}[metric], xlim=(0, 105))
+    ax.set(xlabel={"bleu": "BLEU", "chrf": "chrF2"}.get(metric, metric), xlim=(0, 105))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14 - 0.02 * (12 - len(systems))), ncols=2, frameon=False)
     return ax
@@ -116,5 +123,5 @@ def plot_path(certificate, ax=None):
     ax.set_xticks(sizes, [str(k) for k in sizes], rotation=60, fontsize=7)
     ax.minorticks_off()
     ax.set(xlabel="rows in the ticket", ylabel="loss")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=3)
     return ax

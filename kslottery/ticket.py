@@ -327,9 +327,10 @@ class Ticket:
     def _card_sections(self, figures):
         "The card's paragraphs."
         info, k = self.info, len(self.ids)
+        model = info.get("base_model") or Path(info["model"]).name  # a path of one machine tells nobody anything
         cell = lambda value: str(value).replace("|", r"\|").replace("\n", "\\n")
         verdict = self.audit["sentence"] if self.audit else "This ticket has not been audited: whether its rows carry content or only a habit is not known (`kslottery audit`)."
-        yield f"# A KS-Lottery ticket of {k} rows for {cell(info['model'])}\n\n> {verdict}\n"
+        yield f"# A KS-Lottery ticket of {k} rows for {cell(model)}\n\n> {verdict}\n"
         yield f"{k} rows of the input embedding ({info['V']:,} rows of {info['d']}), tuned and read instead of the model's own. Everything else in the model is as it was. PEFT adapter: {self.peft_obstacle or 'this folder is one'}.\n"
         if k:
             yield "| token | id | statistic | p-value |\n|---|---:|---:|---:|"
@@ -338,9 +339,9 @@ class Ticket:
                 yield f"| `{cell(repr(token))}` | {i} | {numbers[0]} | {numbers[1]} |"
             yield f"\n{f'and {k - 25} more: see `ticket.json`.' if k > 25 else ''}"
             imports = "\n".join(f"from kslottery.{module} import {name}" for module, name in (("core", "load_model"), ("ticket", "Ticket")))
-            yield f'```python\n{imports}\n\nticket = Ticket.load("this folder")\nmodel, tokenizer = load_model({json.dumps(info["model"])}, {info["revision"]!r})\nticket.check(model, tokenizer)\nwith ticket.rows.applied(model):\n    ...  # model.generate\n```\n'
+            yield f'```python\n{imports}\n\nticket = Ticket.load("this folder")\nmodel, tokenizer = load_model({json.dumps(model)}, {info["revision"]!r})\nticket.check(model, tokenizer)\nwith ticket.rows.applied(model):\n    ...  # model.generate\n```\n'
         yield "## How it was made\n\n| | |\n|---|---|"
-        known = {name.replace("_", " "): info[name] for name in ("model", "revision", "alpha", "correction", "top_k", "criterion", "languages", "seed", "dtype", "mode") if info.get(name) not in (None, "") and (name != "top_k" or info[name])}
+        known = {"model": model} | {name.replace("_", " "): info[name] for name in ("revision", "alpha", "correction", "top_k", "criterion", "languages", "seed", "dtype", "mode") if info.get(name) not in (None, "") and (name != "top_k" or info[name])}
         known |= {"template": info["template"]["text"]} if info.get("template") else {}
         known |= {name.replace("_", " "): value for name, value in (info.get("settings") or {}).items()} | ({"tuning pairs": len(self.sentences)} if self.sentences else {})
         known |= {"embedding": f"SHA-256 {info['fingerprints']['embedding'][:16]}…", "versions": ", ".join(f"{n} {v}" for n, v in info["versions"].items())}
