@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import kslottery
-from .core import load_model, quiet_transformers, run_folder, whole_folder
+from .core import load_model, quiet_transformers, refuse_strangers, run_folder, whole_folder
 
 # %% ../nbs/11_cli.ipynb #e761bf12
 app = typer.Typer(
@@ -72,6 +72,13 @@ _Json = Annotated[bool, typer.Option("--json", help="Print what was found as JSO
 def _say(record, as_json, *lines):
     "Print what was found: the record as JSON, or the lines."
     typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def _languages_of(found, languages):
+    "The languages that are named, or else the ticket's."
+    if not (languages or found.info.get("languages")):
+        raise ValueError("the ticket records no languages (a bare scan has none): name them with --languages, and the prompt with --template")
+    return languages or found.info["languages"]
 
 
 def _base(found, model, revision, **options):
@@ -165,7 +172,10 @@ def scan(
 
     Example: kslottery scan llama-base llama-tuned --alpha 0.05 --out ticket
     """
+    from kslottery.ticket import is_ticket
+
     with _whole():
+        refuse_strangers(out, is_ticket)
         ticket, extra = _scan(base, tuned, alpha, top_k, correction, tensor, everything, criterion, counts, round_, device)
         ticket.save(out, extra)
     result = ticket.scan
@@ -263,7 +273,7 @@ def certify(
         if ladder == "tuning" and not train:
             raise ValueError("--ladder tuning trains every ticket of the ladder: name the tuning data with --train")
         found = Ticket.load(ticket)
-        languages = languages or found.info.get("languages", "")
+        languages = _languages_of(found, languages)
         pairs = load_pairs(calibration, languages, limit or None)
         names = groups.read_text(encoding="utf-8").splitlines()[: len(pairs)] if groups else None
         *_, lm, tokenizer = _base(found, model, revision)
@@ -309,7 +319,7 @@ def audit(
         found = Ticket.load(ticket)
         recorded = found.info.get("data") or {}
         train_limit, test_limit = (None if named else recorded.get(f"{name}_limit") for name, named in (("train", train), ("test", test)))
-        train, test, languages = train or recorded.get("train", ""), test or recorded.get("test", ""), languages or found.info.get("languages") or ""
+        train, test, languages = train or recorded.get("train", ""), test or recorded.get("test", ""), _languages_of(found, languages)
         if not test or not train:
             raise ValueError(f"the ticket does not record its {'test' if not test else 'tuning'} data: name it with --{'test' if not test else 'train'}{'' if not test else ' (or --train none)'}")
         train_pairs, test_pairs = [] if train == "none" else load_pairs(train, languages, train_limit), load_pairs(test, languages, limit or test_limit)
@@ -339,13 +349,13 @@ def merge(
 
     with _whole():
         found = Ticket.load(ticket)
-        if found.rows is None:
-            raise ValueError(f"{ticket} has no tuned rows: tune them first, or scan an input embedding")
-        name, revision, base, tokenizer = _base(found, model, revision, dtype=found.info["dtype"], device="cpu")
-        found.check(base, tokenizer)
+        if not found.rows:
+            raise ValueError(f"{ticket} has no tuned rows, and merged it would be the base model: tune rows first, or scan an input embedding")
         with whole_folder(out, is_own=lambda path: False) as work, quiet_transformers():
             from transformers import AutoTokenizer
 
+            name, revision, base, tokenizer = _base(found, model, revision, dtype=found.info["dtype"], device="cpu")
+            found.check(base, tokenizer)
             found.rows.write(base).save_pretrained(work)
             AutoTokenizer.from_pretrained(name, revision=revision).save_pretrained(work)  # as it was: load_model may have named a padding token
     record = {"out": str(out), "model": name, "revision": revision, "rows": len(found.rows), "mode": found.rows.mode}

@@ -82,7 +82,7 @@ def test_ticket_to_adapter_to_ticket(kind, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval().generate(X, **GREEDY), text)
 
 
-def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path):
+def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path, monkeypatch):
     base_in(tmp_path / "base", "llama")
     base_in(tmp_path / "gpt2", "gpt2")
     ticket_in(tmp_path / "t", tmp_path / "base")
@@ -105,6 +105,7 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path):
     cases = {
         ("merge", "missing"): "not a ticket folder",
         ("merge", "bare"): "no tuned rows",
+        ("merge", "none"): "would be the base model",
         ("merge", "t", "--model", "gpt2"): "another embedding",
         ("merge", "t", "--model", "t5"): "choose a decoder-only",
         ("merge", "t", "--model", "nowhere/at/all"): "neither a checkpoint folder",
@@ -119,6 +120,13 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path):
         status, said, error = invoke(command, tmp_path / source, *more, "--out", tmp_path / "out")
         assert status == 2 and words in error and error.count("\n") == 1 and error.startswith("kslottery: "), (command, source, error)
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    for command in ("certify", "audit"):  # a ticket of a bare scan
+        more = ("--calibration", "c.tsv", "--epsilon", 0.1) if command == "certify" else ("--train", "none", "--test", "c.tsv")
+        status, _, error = invoke(command, tmp_path / "bare", *more)
+        assert status == 2 and "name them with --languages" in error, error
+    monkeypatch.setattr("kslottery.cli._scan", lambda *a: pytest.fail("it scanned"))
+    status, _, error = invoke("scan", tmp_path / "base", tmp_path / "base", "--out", tmp_path / "mine")
+    assert status == 2 and "something else" in error
     for command in ("merge", "peft"):
         status, _, error = invoke(command, tmp_path / "t", "--out", tmp_path / "mine")
         assert status == 2 and "something else" in error and os.listdir(tmp_path / "mine") == ["thesis.tex"]
