@@ -1,6 +1,6 @@
 """What a reader copies works: every fenced block of README and of the notebooks' text is run, as it stands, in a folder that holds what it names.
 
-Models and sentences are stand-ins of the same names; three commands are made smaller (SMALLER). Of `make` and `papermill` lines it is checked that their targets, notebooks and parameters
+Models and sentences are stand-ins of the same names; some commands are made smaller (SMALLER), and settings files are read without a run. Of `make` and `papermill` lines it is checked that their targets, notebooks and parameters
 exist: CI runs the first, test_notebooks the second. What is no command of these, or names what is not there, fails. Code cells of notebooks are run by test_notebooks.
 """
 
@@ -23,18 +23,21 @@ from kslottery.cli import app
 from kslottery.core import load_model
 from kslottery.data import encode_all, get_template, load_pairs
 from kslottery.ks import ks_scan
+from kslottery.run import find_notebook, notebook_defaults, parse_parameters
 from kslottery.ticket import Ticket
 from kslottery.tuning import embed_tune
 from test_library import NOTEBOOKS
 
 MODELS = ("Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B", "base-model", "runs/pretrain/model")  # here all the small built-in model
-TABLES = {"train": ("train", "train.en-ca"), "test": ("test",), "calibration": ("fresh", "fresh.en-ca")}
+TABLES = {"train": ("train", "train.en-ca", "train.en-es"), "test": ("test",), "calibration": ("fresh", "fresh.en-ca")}
 TEXTS = (("eng.txt", "cat.txt"), ("data/ntrex/eng.txt", "data/ntrex/cat.txt"))
 TASKS = {"sentiment": "classify", "topic": "summarise"}
 TICKETS = ("my/ticket", "runs/audit/outputs/stopping/ticket")
 SMALLER = {  # what a command gets in addition, so that it takes seconds
     ("run", "quickstart"): "-p fast=true -p test_limit=6 -p epochs=1 -p max_new_tokens=12 -p top_k=2",
     ("run", "tasks"): "-p fast=true -p test_limit=6 -p epochs=1 -p max_new_tokens=6 -p top_k=2",
+    ("run", "stability"): "-p fast=true -p epochs=1 -p test_limit=6 -p max_new_tokens=6 -p top_k=2",
+    ("run", "pretrain"): "-p fast=true -p steps=2 -p hidden=32",
     ("audit",): "--fast --limit 6",
     ("certify",): "--limit 6",
 }
@@ -65,7 +68,9 @@ def place(tmp_path_factory):
         (folder / name).symlink_to(world.folder)
     for split, names in TABLES.items():
         for name in names:
-            (folder / f"{name}.tsv").write_text("en\tca\n" + "".join(f"{p.source}\t{p.target}\n" for p in load_pairs(world.split(split), limit=SENTENCES)))
+            (folder / f"{name}.tsv").write_text(
+                f"en\t{'es' if name.endswith('es') else 'ca'}\n" + "".join(f"{p.source}\t{p.target}\n" for p in load_pairs(world.split(split), limit=SENTENCES))
+            )
     (folder / "data" / "ntrex").mkdir(parents=True)
     (folder / "data" / "train").symlink_to(folder / "data")
     shutil.copy(folder / "train.tsv", folder / "data" / "en-ca.tsv")
@@ -106,7 +111,10 @@ def run_line(line):
     command, *words = shlex.split(line, comments=True) or [""]
     if not command:  # a comment
         return
-    if command == "kslottery":
+    if command == "kslottery" and "-f" in words:  # settings for a GPU and the Hub: they are read, and the run is not started
+        file = ROOT / words[words.index("-f") + 1]
+        assert parse_parameters([], notebook_defaults(find_notebook(words[1])), file), line
+    elif command == "kslottery":
         kslottery(words)
     elif command == "source":
         assert os.path.isfile(words[0]), line
@@ -148,3 +156,4 @@ def test_readme_answers_a_question_by_every_command():
     table = [line for line in (ROOT / "README.md").read_text().split("\n") if line.startswith("| ")]
     names = [c.name or c.callback.__name__ for c in app.registered_commands]
     assert [n for n in names if not any(f"`kslottery {n}" in line for line in table)] == []
+    assert {n for line in table for n in re.findall(r"`kslottery (\w+)", line)} <= set(names)

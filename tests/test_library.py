@@ -88,6 +88,13 @@ def test_stored_outputs_are_whole(notebook):
     assert cells[0]["cell_type"] == "markdown" and "".join(cells[0]["source"]).startswith("# ")
 
 
+@pytest.mark.parametrize("tutorial", sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_tutorial_ends_with_how_to_run_it_on_your_model(tutorial):
+    last = json.loads(tutorial.read_text())["cells"][-1]
+    assert last["cell_type"] == "markdown" and f"papermill -k python3 nbs/tutorials/{tutorial.name}" in "".join(last["source"])
+    assert "## Run it " in "".join(last["source"])
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_has_a_docstring(module):
     lib = importlib.import_module(f"kslottery.{module}")
