@@ -182,7 +182,7 @@ def _percent(value):
     "A share with its interval, in words."
     if value is None or value.value is None:
         return "an unknown share"
-    return "{:.0%} ({:.0%} to {:.0%})".format(*(round(x, 2) + 0.0 for x in value))  # + 0.0: no minus zero
+    return "{:z.0%} ({:z.0%} to {:z.0%})".format(*value)
 
 # %% ../nbs/08b_audit.ipynb #75cf3907
 _CHECKS = (
@@ -269,7 +269,7 @@ class Audit:
         for a in self.arms:
             s, occur = self.scores[a.name], self.facts["arms"][a.name]["median_count"]
             r = self.recoveries.get(a.name)
-            shown = "" if r is None else "cannot tell" if r.value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*(round(x, 2) + 0.0 for x in r))
+            shown = "" if r is None else "cannot tell" if r.value is None else "{:z.2f} [{:z.2f}, {:z.2f}]".format(*r)
             lines.append(
                 f"| {escape(a.label)} | {len(a.ids)} | {occur} | {a.channel if a.ids else ''} | {s['whole']['bleu']:.1f} | {s['first_line']['bleu']:.1f} | {s['eos_rate']:.0%} | {shown} |"
             )
@@ -293,7 +293,9 @@ class Audit:
             else:
                 at, low, high = np.clip([r.value, r.low, r.high], *edges)
                 ax.plot([low, high], [y, y], color="C3", lw=1.5)
-                ax.plot(at, y, "o", color="C3", ms=5)
+                ax.plot(at, y, "o" if at == r.value else "<" if r.value < at else ">", color="C3", ms=5)
+                if at != r.value:
+                    ax.annotate(f"{r.value:.2f}", (at, y), xytext=(7 if r.value < at else -7, 0), textcoords="offset points", fontsize=7, va="center", ha="left" if r.value < at else "right")
         ax.axvline(0, color="0.7", lw=0.8)
         ax.axvline(1, color="0.7", lw=0.8)
         ax.set_yticks(range(len(shown)), names, fontsize=8)

@@ -44,6 +44,7 @@ def plot_scan(scan: Scan, counts, tokens: dict[int, str], alpha: float = 0.05, a
     ax.axhline(critical_value(alpha, scan.d), color="C0", lw=1, ls="--", label=f"critical value, alpha = {alpha:g}")
     ax.set(xscale="log", xlabel="occurrences in the tuning data", ylabel="KS statistic D")
     ax.margins(x=0.1, y=0.08)
+    ax.figure.draw_without_rendering()  # a layout moves the axes, and with them what is free
     taken = []
     for i in [i for i in scan.top(min(names, len(counts))) if seen[i]]:
         label = _plain(_quoted(token_label(tokens.get(int(i), str(i)))))

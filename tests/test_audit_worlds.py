@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import kslottery
+from conftest import ROOT, kslottery
 
 
 def audited(folder, **parameters):
@@ -52,6 +52,16 @@ def test_every_world_leaves_a_ticket_and_an_audit(fast):
         record = json.loads((folder / "run" / "outputs" / name / "audit.json").read_text())
         assert record["verdict"] == results["worlds"][name]["verdict"]
         assert json.loads((folder / "run" / "outputs" / name / "ticket" / "ticket.json").read_text())["size"] == results["worlds"][name]["ticket"]["size"]
+
+
+def test_the_claims_page_shows_the_stored_results():
+    "Its outputs are made from the files in benchmarks/results: a file that is newer than the page would not be on it."
+    page = (ROOT / "nbs" / "tutorials" / "claims.ipynb").read_text()
+    worlds, stability = (json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in ("audit_worlds", "stability"))
+    of = lambda world: " / ".join(str(r["worlds"][world]["ticket"]["of_template"]) for r in worlds["tutorial"]["seeds"].values())
+    sizes = " / ".join(str(r["worlds"]["stopping"]["ticket"]["size"]) for r in worlds["tutorial"]["seeds"].values())
+    gains = " / ".join(f"{r['transfer']['own']['whole']['value']:.1f}" for r in stability["seeds"].values())
+    assert all(text in page for text in (sizes, of("stopping"), of("content"), gains)), "make notebooks NB=nbs/tutorials/claims.ipynb"
 
 
 @pytest.mark.slow
