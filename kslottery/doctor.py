@@ -18,7 +18,7 @@ from .core import cache_dir
 
 # %% ../nbs/10b_doctor.ipynb #3886636b
 USES = {  # what for -> (extra of the package, packages, programs, how to get the programs)
-    "kslottery run": ("run", ("papermill", "nbconvert", "ipykernel"), (), ""),
+    "kslottery run": ("run", ("papermill", "nbconvert", "latex2mathml", "ipykernel"), (), ""),
     "spBLEU": ("spbleu", ("sentencepiece",), (), ""),
     "COMET": ("", (), ("comet-score",), "pip install unbabel-comet, in an environment of its own"),
     "make docs": ("docs", ("nbdev", "mkdocs-material"), (), ""),

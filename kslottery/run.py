@@ -272,15 +272,29 @@ def _site_links(text, folder):
     return re.sub(r"\]\(([^()\s:]+\.ipynb)(#[^()\s]*)?\)", address, text)
 
 
+def _math(text):
+    "Markdown with its formulas ($...$ and $$...$$ outside code) as MathML, which browsers show without a script. What is no formula stays."
+    from latex2mathml.converter import convert
+
+    def shown(found):
+        formula = found["block"] or found["inline"]
+        try:
+            return convert(formula, display="block" if found["block"] else "inline") if formula else found[0]
+        except Exception:  # its errors have no class in common; a reader is better served by the LaTeX than by no report
+            return found[0]
+
+    return re.sub(r"```.*?```|`[^`\n]*`|\$\$(?P<block>[^$]+)\$\$|(?<![\\$])\$(?=\S)(?P<inline>[^$\n]+)(?<=\S)\$(?!\d)", shown, text, flags=re.DOTALL)
+
+
 def _for_the_page(notebook):
-    "A copy of an executed notebook whose links lead to the site and whose figures say what they show."
+    "A copy of an executed notebook whose links lead to the site, whose figures say what they show, and whose formulas need no script."
     import copy
 
     notebook = copy.deepcopy(notebook)
     source = Path(notebook.metadata.get("papermill", {}).get("input_path") or ".").resolve()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = _site_links(cell.source, source.parent)
+            cell.source = _math(_site_links(cell.source, source.parent))
         shown = re.search(r"^#\| *fig-(?:alt|cap): *(.+)", cell.source, re.MULTILINE)
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
@@ -302,11 +316,12 @@ def _origin(notebook):
 
 
 def write_report(notebook: Path, report: Path):
-    "Render an executed notebook as one self-contained HTML page: figures inside, code folded, nothing loaded from a network, nothing run. Raises ModuleNotFoundError where there is no nbconvert."
+    "Render an executed notebook as one self-contained HTML page: figures inside, code folded, nothing loaded from a network, nothing run. Raises ModuleNotFoundError where there is no nbconvert, or no latex2mathml for its formulas."
     try:
+        import latex2mathml  # noqa: F401
         from nbconvert import HTMLExporter
-    except ImportError:
-        raise ModuleNotFoundError("to write a report needs nbconvert, which is not installed: pip install 'kslottery[run]'") from None
+    except ImportError as error:
+        raise ModuleNotFoundError(f"to write a report needs {error.name}, which is not installed: pip install 'kslottery[run]'") from None
     import nbformat
     from pygments.formatters import HtmlFormatter
 
