@@ -272,34 +272,42 @@ def _site_links(text, folder):
     return re.sub(r"\]\(([^()\s:]+\.ipynb)(#[^()\s]*)?\)", address, text)
 
 
-def _math(text):
-    "Markdown with its formulas ($...$ and $$...$$ outside code) as MathML, which browsers show without a script. What is no formula stays."
+def _math(text, made):
+    """Markdown with its formulas ($...$ and $$...$$ outside code) replaced by marks, and those put as MathML, which browsers show without a script, into the dictionary `made`.
+
+    (nbconvert takes apart HTML that it finds inside a paragraph, so the formulas are put in afterwards.) What is no formula stays.
+    """
     from latex2mathml.converter import convert
 
-    def shown(found):
+    def mark(found):
         formula = found["block"] or found["inline"]
+        if not formula:
+            return found[0]
         try:
-            return convert(formula, display="block" if found["block"] else "inline") if formula else found[0]
+            shown = convert(formula, display="block" if found["block"] else "inline")
         except Exception:  # its errors have no class in common; a reader is better served by the LaTeX than by no report
             return found[0]
+        name = f"\ue000{len(made)}\ue001"
+        made[name] = shown
+        return name
 
-    return re.sub(r"```.*?```|`[^`\n]*`|\$\$(?P<block>[^$]+)\$\$|(?<![\\$])\$(?=\S)(?P<inline>[^$\n]+)(?<=\S)\$(?!\d)", shown, text, flags=re.DOTALL)
+    return re.sub(r"```.*?```|`[^`\n]*`|\$\$(?P<block>[^$]+)\$\$|(?<![\\$])\$(?=\S)(?P<inline>[^$\n]+)(?<=\S)\$(?!\d)", mark, text, flags=re.DOTALL)
 
 
 def _for_the_page(notebook):
-    "A copy of an executed notebook whose links lead to the site, whose figures say what they show, and whose formulas need no script."
+    "A copy of an executed notebook whose links lead to the site, whose figures say what they show, and whose formulas are marks; and the formulas, by their marks."
     import copy
 
-    notebook = copy.deepcopy(notebook)
+    notebook, formulas = copy.deepcopy(notebook), {}
     source = Path(notebook.metadata.get("papermill", {}).get("input_path") or ".").resolve()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = _math(_site_links(cell.source, source.parent))
+            cell.source = _math(_site_links(cell.source, source.parent), formulas)
         shown = re.search(r"^#\| *fig-(?:alt|cap): *(.+)", cell.source, re.MULTILINE)
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.metadata.setdefault("image/png", {})["alt"] = shown[1].strip("\"' ") if shown else "figure"
-    return notebook
+    return notebook, formulas
 
 
 def _origin(notebook):
@@ -331,5 +339,6 @@ def write_report(notebook: Path, report: Path):
     light, dark = (re.sub(r" */\*.*?\*/", "", HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")) for style in ("default", "github-dark"))
     css = f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n{_CSS}"
     exporter = HTMLExporter(raw_template=_PAGE, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    html, _ = exporter.from_notebook_node(_for_the_page(executed), {"report": dict(title=title, made=made, command=command, css=css, site=SITE)})
-    write_text(report, html)
+    page, formulas = _for_the_page(executed)
+    html, _ = exporter.from_notebook_node(page, {"report": dict(title=title, made=made, command=command, css=css, site=SITE)})
+    write_text(report, re.sub("\ue000\\d+\ue001", lambda mark: formulas.get(mark[0], mark[0]), html))
