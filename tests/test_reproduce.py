@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from kslottery.cli import notebook_defaults
 from kslottery.data import TEMPLATES, language_names
 from kslottery.evaluation import METRICS
 from kslottery.ks import critical_value
+from kslottery.run import notebook_defaults
 
 TUTORIALS = ROOT / "nbs" / "tutorials"
 SETS = sorted(TUTORIALS.glob("reproduce-*.yaml"))
