@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 # %% ../nbs/core.ipynb #9fc0bb72
@@ -24,7 +25,7 @@ def progress_bar(total: int, label: str, show: bool = True):
     side = os.environ.get("KSLOTTERY_PROGRESS")
     with open(side, "a", encoding="utf-8") if show and side else contextlib.nullcontext() as stream:
         with tqdm(total=total, desc=label, disable=not show, file=stream, leave=False, mininterval=0.5, ncols=78) as bar:
-            yield bar
+            yield weakref.proxy(bar)  # it dies here, and not in a garbage collection, where its finalizer could swallow a Ctrl-C
 
 # %% ../nbs/core.ipynb #36d05c7d
 def fingerprint(value) -> str:
