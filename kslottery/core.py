@@ -81,11 +81,11 @@ def whole_folder(path, is_own):
             os.rename(path, old / "was")
             try:
                 os.rename(work, path)
-            except OSError:
+            except BaseException:  # an interruption too: what was there is never thrown away before something else stands in its place
                 os.rename(old / "was", path)
+                old.rmdir()
                 raise
-            finally:
-                shutil.rmtree(old)
+            shutil.rmtree(old)
         else:
             os.rename(work, path)
     finally:
