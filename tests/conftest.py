@@ -1,9 +1,9 @@
-"""Shared pieces: where the repository is, tiny models of every architecture, and one fast quickstart run for all tests that look at it."""
+"""Shared pieces: the repository, tiny models of every architecture, one fast quickstart run for all that look at it."""
 
 import json
 import os
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,17 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+import forks
 from kslottery.cli import app
 from kslottery.data import Example
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("KSLOTTERY_TEST_DATA", ROOT.parent / "shared" / "data"))  # real parallel text, where a developer has it
+DATA = Path(
+    os.environ.get("KSLOTTERY_TEST_DATA", ROOT.parent / "shared" / "data")
+)  # real parallel text, where a developer has it
 TIED = ("gemma", "gpt2", "bloom")
 ARCHITECTURES = ("llama", "qwen2", "mistral", *TIED)
+ALONE = ("test_notebooks", "test_blocks")  # every test of these files can run anywhere
 WORDS = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0"))
 WORDS.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 TOY = PreTrainedTokenizerFast(tokenizer_object=WORDS, bos_token="t1", eos_token="t63", pad_token="t0", unk_token="t0")
@@ -51,7 +55,14 @@ class Letters:
 def tiny_model(kind, vocabulary=64, hidden=16, seed=0):
     "A random causal LM of one layer; gpt2, gemma and bloom tie input and output embeddings, the others do not."
     torch.manual_seed(seed)
-    shape = dict(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, intermediate_size=2 * hidden, pad_token_id=0)
+    shape = dict(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden,
+        pad_token_id=0,
+    )
     untied = dict(num_key_value_heads=1, tie_word_embeddings=False)
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
@@ -62,14 +73,29 @@ def tiny_model(kind, vocabulary=64, hidden=16, seed=0):
     elif kind == "gemma":
         model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, num_key_value_heads=1, head_dim=8))
     elif kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=hidden, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_embd=hidden,
+                n_layer=1,
+                n_head=2,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        )
     else:
-        model = BloomForCausalLM(BloomConfig(vocab_size=vocabulary, hidden_size=hidden, n_layer=1, n_head=2, pad_token_id=0))
+        model = BloomForCausalLM(
+            BloomConfig(vocab_size=vocabulary, hidden_size=hidden, n_layer=1, n_head=2, pad_token_id=0)
+        )
     return model.eval()
 
 
 def talker(kind, **shape):
-    "A tiny model with heavy blocks, whose greedy text depends on every row it reads (a random tied model at the usual scale repeats its last token)."
+    """A tiny model with heavy blocks, whose greedy text depends on every row it reads.
+
+    (A random tied model at the usual scale repeats its last token.)
+    """
     model = tiny_model(kind, **shape)
     with torch.no_grad():
         for p in model.parameters():
@@ -93,9 +119,29 @@ def model(request):
     return tiny_model(request.param)
 
 
+def pytest_configure(config):
+    "Kernels and commands are forks of one process (forks.py); parallel workers inherit its address."
+    if forks.ADDRESS not in os.environ and not config.option.collectonly:
+        config.forks = forks.Server(Path(tempfile.mkdtemp(prefix="kslottery-tests-")))
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "forks"):
+        config.forks.close()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    "A file's tests share its fixtures and stay together (--dist loadgroup); pages stand alone, and fill up at the end."
+    items.sort(key=lambda item: item.path.stem in ALONE)  # stable
+    for item in items:
+        if item.path.stem not in ALONE:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def kslottery(*words, cwd=None):
     "Run the command as a user would: (exit status, standard output, standard error)."
-    done = subprocess.run([sys.executable, "-c", "from kslottery.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=cwd)
+    done = subprocess.run(["kslottery", *map(str, words)], capture_output=True, text=True, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,8 +1,6 @@
 """Every notebook by papermill, with parameters, at its fast size; the asserts in its cells are the tests."""
 
 import os
-import sys
-from pathlib import Path
 
 import papermill
 import pytest
@@ -11,12 +9,6 @@ from conftest import ROOT
 from test_library import NOTEBOOKS
 
 ELSEWHERE = ("quickstart", "audit")  # test_quickstart and test_audit_worlds run these
-
-
-@pytest.fixture(autouse=True)
-def commands(monkeypatch):
-    "How-to pages call `kslottery` from a shell."
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem not in ELSEWHERE], ids=lambda n: n.stem)
@@ -38,13 +30,22 @@ def test_notebook(notebook, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem not in ELSEWHERE], ids=lambda n: n.stem)
 def test_notebook_at_full_size(notebook, tmp_path):
-    papermill.execute_notebook(str(notebook), str(tmp_path / "done.ipynb"), kernel_name="python3", language="python", cwd=str(tmp_path), progress_bar=False)
+    papermill.execute_notebook(
+        str(notebook),
+        str(tmp_path / "done.ipynb"),
+        kernel_name="python3",
+        language="python",
+        cwd=str(tmp_path),
+        progress_bar=False,
+    )
 
 
 def test_a_broken_assertion_fails(tmp_path):
-    text = (ROOT / "nbs" / "00_ks.ipynb").read_text()
+    text = (ROOT / "nbs" / "02_ks.ipynb").read_text()
     broken = text.replace(".tolist() == [0.5]", ".tolist() == [0.25]")
     assert broken != text
     (tmp_path / "broken.ipynb").write_text(broken)
     with pytest.raises(papermill.PapermillExecutionError, match="AssertionError"):
-        papermill.execute_notebook(str(tmp_path / "broken.ipynb"), str(tmp_path / "done.ipynb"), kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(
+            str(tmp_path / "broken.ipynb"), str(tmp_path / "done.ipynb"), kernel_name="python3", progress_bar=False
+        )
