@@ -1,11 +1,15 @@
 # make run: the quickstart.  make test: all tests.  Both set themselves up.  make help lists the rest.
-PYTHON ?= $(shell command -v python3.11 || echo python3)
+# The first Python here that starts and is new enough; another one by make setup PYTHON=python3.13.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  $$p -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null && echo $$p && exit; done; echo python3)
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SEED ?= 0
 RUN ?= runs/quickstart
 PORT ?= 8000
 
-.PHONY: help setup setup-browser run run-real test test-full docs docs-serve export notebooks clean bench-ks bench-bank bench-step bench-prefix audit-worlds stability
+.PHONY: help setup setup-browser hooks run run-real lint test test-full docs docs-serve export house notebooks dist \
+  clean bench-ks bench-bank bench-step bench-prefix audit-worlds stability
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -13,17 +17,26 @@ help:
 setup: .venv/ready ## make .venv with pinned dependencies and the library in editable mode
 
 .venv/ready: constraints.txt settings.ini setup.py pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here: install Python 3.11, or name another with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || { \
+	  echo "$(PYTHON) is not here, or too old: install Python 3.11, 3.12 or 3.13, or name one with make PYTHON=..."; \
+	  exit 1; }
 	@echo "Setting up .venv (once; a minute or three) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PIP) setuptools wheel
+	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 setup-browser: ## Debian's chromium and its driver, for the tests of the site (apt-get; asks sudo unless you are root)
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
-	  command -v apt-get >/dev/null || { echo "no apt-get here: install Chromium and its driver yourself, so that chromium and chromedriver are on the PATH"; exit 1; }; \
-	  as=$$(test $$(id -u) = 0 || echo sudo); $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null \
+	  && command -v chromedriver >/dev/null || { \
+	  command -v apt-get >/dev/null || { \
+	    echo "no apt-get here: install Chromium and its driver yourself; chromium and chromedriver belong on the PATH"; \
+	    exit 1; }; \
+	  as=$$(test $$(id -u) = 0 || echo sudo); $$as apt-get update -qq \
+	    && $$as apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
+
+hooks: .venv/ready ## git checks what you commit: notebooks clean, library in sync, ruff
+	@$(BIN)/pre-commit install
 
 run: .venv/ready ## the quickstart on the built-in model: runs/quickstart/ (SEED=7 takes another seed)
 	@$(BIN)/kslottery run quickstart -p seed=$(SEED) -p out=$(RUN)
@@ -35,8 +48,12 @@ run-real: .venv/ready ## the same on real text: DATA=<folder with train/en-XX.ts
 	  -p test=$(abspath $(DATA))/ntrex/eng.txt,$(abspath $(DATA))/ntrex/cat.txt -p languages=en-ca -p template=explicit \
 	  -p train_limit=600 -p test_limit=100 -p seed=$(SEED) -p out=runs/real $(REAL)
 
-test: .venv/ready ## notebooks clean and in sync, every notebook at its fast size, pytest, ruff
-	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check tests nbs/_render.py setup.py && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST)
+lint: .venv/ready ## ruff and mypy
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy --no-error-summary
+
+test: lint ## notebooks clean and in sync, every notebook at its fast size, pytest, ruff, mypy
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup \
+	  -m "not slow and not gpu" $(PYTEST)
 
 test-full: .venv/ready ## make test and what is slow: full sizes, several seeds
 	@$(BIN)/python -m pytest $(PYTEST)
@@ -47,14 +64,20 @@ docs: .venv/ready ## the site, into _docs/ (by Quarto where it is installed, els
 docs-serve: docs ## the site at http://localhost:8000 (PORT=8001 takes another)
 	@echo "http://localhost:$(PORT)"; $(BIN)/python -m http.server --directory _docs --bind 127.0.0.1 $(PORT)
 
-export: .venv/ready ## notebooks -> kslottery/, and README.md
-	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tests/readme.py
+export: .venv/ready ## notebooks -> kslottery/, README.md and the picture of the house
+	@$(BIN)/nbdev_clean && for step in export readme house; do $(BIN)/python tests/$$step.py || exit; done
+
+house: .venv/ready ## the picture in CONTRIBUTING.md: the modules and what they import
+	@$(BIN)/python tests/house.py
 
 notebooks: .venv/ready ## execute the notebooks at full size and store their outputs
 	@$(BIN)/python tests/execute.py $(NB)
 
+dist: .venv/ready ## wheel and sdist, into dist/
+	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist .
+
 clean: ## remove what can be built again (the environment, builds; not runs/)
-	rm -rf .venv _proc _docs _build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv _proc _docs _build build dist *.egg-info .pytest_cache .ruff_cache
 
 bench-ks: .venv/ready ## the KS scan against a scipy loop: ratios, memory, growth
 	@$(BIN)/python benchmarks/bench_ks.py --out benchmarks/results/ks.json

@@ -1,8 +1,9 @@
 """The site: `python nbs/_render.py` turns the notebooks into `_docs/` (make docs).
 
-Two steps. nbdev processes the notebooks into `_proc/`, as `nbdev_docs` does. Then Quarto renders them where it is installed; elsewhere mkdocs-material does,
-from the same `_quarto.yml`, to the same addresses (`python nbs/_render.py mkdocs` asks for it). nbdev and Quarto ignore this file for its underscore.
-Keep the notebooks to what both can show: directives (echo, include, output, code-fold, fig-alt, fig-cap), call-outs, tables, math, links to other notebooks.
+Two steps. nbdev processes the notebooks into `_proc/`, as `nbdev_docs` does. Then Quarto renders them where it is
+installed; elsewhere mkdocs-material does, from the same `_quarto.yml`, to the same addresses (`python nbs/_render.py
+mkdocs` asks for it). nbdev and Quarto ignore this file for its underscore. Keep the notebooks to what both can show:
+directives (echo, include, output, code-fold, fig-alt, fig-cap), call-outs, tables, math, links to other notebooks.
 """
 
 import base64
@@ -17,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import typing
 from pathlib import Path
 
@@ -33,56 +35,132 @@ PAGE = (".ipynb", ".md", ".qmd")
 
 def plain(text):
     "Text of a docstring as Markdown that shows it as it is; `code` and *emphasis* keep their meaning."
-    parts = text.split("`")
+    parts = text.replace("``", "`").split("`")
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"[\\_\[\]]|(?<!\S)\*(?=\s)", r"\\\g<0>", parts[i]).replace("<", "&lt;").replace("$", "&#36;").replace("{", "&#123;")
+        parts[i] = (
+            re.sub(r"[\\_\[\]]|(?<!\S)\*(?=\s)|-(?=-)|(?<=-)-", r"\\\g<0>", parts[i])
+            .replace("<", "&lt;")
+            .replace("$", "&#36;")
+            .replace("{", "&#123;")
+        )
     return "`".join(parts)
 
 
-def docstring(thing, names):
-    "A docstring as Markdown, with an entry of its own for each parameter that it explains (`names: ...`) and for what it returns, raises and cites."
-    name = "|".join(map(re.escape, names)) or "(?!)"
-    lead = re.compile(rf"(?:^|(?<=[.;] )|(?<=\n))(?:(Returns|Raises)\b|(Source|Example):|((?:{name})(?:, (?:{name}))*):)")
-    paragraphs = []
-    for paragraph in re.split(r"\n\s*\n", inspect.getdoc(thing) or ""):
-        starts = [m for m in lead.finditer(paragraph)]
-        lines, text = [], " ".join(paragraph[: starts[0].start() if starts else None].split())
-        if text:
-            paragraphs.append(plain(text))
-        for this, after in zip(starts, [*starts[1:], None]):
-            rest = " ".join(paragraph[this.end() : after.start() if after else None].split()).removesuffix(";")
-            if this[3]:
-                lines.append("- " + ", ".join(f"`{n}`" for n in this[3].split(", ")) + f": {plain(rest)}")
-            elif this[2] == "Example":
-                lines.append(f"- **Example**: `{rest}`")
-            else:
-                lines.append(f"- **{this[1] or this[2]}**{':' if this[2] else ''} {plain(rest)}")
-        if lines:
-            paragraphs.append("\n".join(lines))
-    return "\n\n".join(paragraphs)
+def sections(text):
+    "A numpydoc docstring taken apart: [(title, text)]; what stands before the first title has none."
+    parts = re.split(r"^([A-Z][A-Za-z ]+)\n-{3,}\n", text or "", flags=re.MULTILINE)
+    return [("", parts[0].strip()), *((title, body.strip("\n")) for title, body in zip(parts[1::2], parts[2::2]))]
+
+
+def entries(text):
+    "What a section lists: [(name, type, explanation)]. A line that is not indented begins an entry."
+    found = []
+    for item in re.split(r"^(?=\S)", textwrap.dedent(text), flags=re.MULTILINE):
+        head, _, said = item.partition("\n")
+        name, _, kind = head.partition(" : ")
+        if name.strip():
+            found.append((name.strip(), kind.strip(), textwrap.dedent(said).strip()))
+    return found
+
+
+def cell(text):
+    "Text as one cell of a table: its paragraphs and the items of its lists stand below each other."
+    parts = re.split(r"\n\s*\n|\n(?=\s*[-*] )", text)
+    said = "<br>".join(" ".join(plain(re.sub(r"^\s*[-*] ", "• ", part)).split()) for part in parts)
+    said = re.sub(r"`([^`]*\|[^`]*)`", lambda code: f"<code>{code[1].replace('|', '&#124;')}</code>", said)
+    return said.replace("|", "\\|")
+
+
+def options(command):
+    """What a command takes, as entries: its arguments and options under the names that they have on the command line.
+
+    None for a function that is no command.
+    """
+    found = []
+    for name, hint in typing.get_type_hints(command, include_extras=True).items():
+        if name != "return":
+            if type(info := getattr(hint, "__metadata__", [None])[0]).__name__ not in ("OptionInfo", "ArgumentInfo"):
+                return None
+            given = inspect.signature(command).parameters[name].default
+            decls = [d for d in (info.default, *(info.param_decls or ())) if str(d).startswith("-")]
+            decls = decls or [f"--{name.replace('_', '-')}" if type(info).__name__ == "OptionInfo" else name.upper()]
+            kind = info.metavar or re.sub(r" \| None$", "", spelled(inspect.formatannotation(hint.__origin__)))
+            kind = (
+                ""
+                if kind == "bool"
+                else kind + (f", default {given}" if given and given is not inspect.Parameter.empty else "")
+            )
+            found.append((", ".join(decls), kind, info.help or ""))
+    return found
+
+
+def listed(title, text):
+    "A section of a docstring, or entries, as a table, the title as its head: names, types if any, explanations."
+    rows = entries(text) if isinstance(text, str) else text
+    if title in ("Returns", "Yields", "Raises"):  # a line by itself is a type
+        rows = [(name, kind, said) if kind else ("", name, said) for name, kind, said in rows]
+    named = lambda name: re.sub(r"[^,\s]+", r"<code>\g<0></code>", name)  # in back-ticks it would become a link
+    rows = [(named(name), cell(kind), cell(said)) for name, kind, said in rows]
+    kept = [column for column in zip(*rows) if any(column)]
+    widths = {2: (26, 74), 3: (20, 26, 54)}.get(len(kept), (100,))  # in per cent; Quarto reads them off the dashes
+    head = [[title] + [" "] * (len(kept) - 1), ["-" * width for width in widths]]
+    lines = [" | ".join(row) for row in (*head, *zip(*kept))]
+    return "\n\n".join(['<div class="listed" markdown="1">', "\n".join(f"| {line} |" for line in lines), "</div>"])
+
+
+def docstring(thing):
+    "A numpydoc docstring as Markdown: prose as it is, what is listed as tables."
+    parts = []
+    for title, text in sections(inspect.getdoc(thing)):
+        if title in ("Parameters", "Attributes", "Returns", "Yields", "Raises"):
+            parts.append(listed(title, text))
+        elif title == "Examples":
+            parts.append(f"**Examples**\n\n{fenced(text, 'python')}")
+        else:
+            prose = "\n\n".join(plain(paragraph) for paragraph in re.split(r"\n\s*\n", text))
+            parts.append(f"**{title}**: {prose}" if title else prose)
+    return "\n\n".join(part for part in parts if part)
 
 
 def spelled(text):
     "An annotation or a default without the modules that go without saying."
     text = re.sub(r"\b(kslottery\.\w+|typing|collections\.abc|pathlib|numpy)\.(?=[A-Za-z])", "", text)
-    text = text.replace("<factory>", "...")
+    text = text.replace("<factory>", "...").replace("NoneType", "None")
     return re.sub(r"PosixPath\(('[^']*')\)", r"\1", text)
 
 
+class Spelled(str):
+    "An annotation as it is written."
+
+    def __repr__(self):
+        return str(self)
+
+
 def signature(thing, name):
-    "The call as Python, one parameter a line where it is long. What an annotation says only to a command line is left out."
+    """The call as Python, one parameter a line where it is long.
+
+    What an annotation says only to a command line is left out.
+    """
     try:
         given = inspect.signature(thing)
     except (TypeError, ValueError):
-        return name, []
-    hints = typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
-    show = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in given.parameters.items() if n not in ("self", "cls")]
+        return name
+    of = thing.__init__ if inspect.isclass(thing) else thing
+    try:
+        hints = typing.get_type_hints(of)
+    except NameError:  # a type that only type checkers import
+        hints = {n: Spelled(a) for n, a in of.__annotations__.items() if isinstance(a, str)}
+    show = [
+        p.replace(annotation=hints.get(n, p.annotation))
+        for n, p in given.parameters.items()
+        if n not in ("self", "cls")
+    ]
     back = inspect.Signature.empty if inspect.isclass(thing) else hints.get("return", given.return_annotation)
     text = spelled(str(given.replace(parameters=show, return_annotation=back)))
     if len(name + text) > 88 and show:
         arrow = spelled(str(inspect.Signature(return_annotation=back)))[2:]
         text = "(\n" + "".join(f"    {spelled(p)},\n" for p in parameters(show)) + f"){arrow}"
-    return name + text, [p.name for p in show]
+    return name + text
 
 
 def parameters(given):
@@ -104,28 +182,46 @@ def fenced(text, kind):
 
 def folded(block, summary, shown=False):
     "A block behind a word to click; Quarto and mkdocs read the same HTML."
-    return f'<details class="code" data-search-exclude markdown="1"{" open" * shown}>\n<summary>{summary}</summary>\n\n{block}\n\n</details>'
+    opening = f'<details class="code" data-search-exclude markdown="1"{" open" * shown}>'
+    return f"{opening}\n<summary>{summary}</summary>\n\n{block}\n\n</details>"
 
 
 def entry(thing, name, level=3, source=True):
-    "The reference entry of one function or class: heading, signature, docstring, the code to unfold, and a class's public methods."
-    call, names = signature(thing, name)
-    parts = [f"{'#' * level} {name} {{#{name.lower()} .reference}}", fenced(call, "python"), docstring(thing, names)]
+    """The reference entry of one function or class.
+
+    Heading, signature, docstring, a class's public methods, and the code to unfold.
+    """
+    heading = f"{'#' * level} {name} {{#{name.lower()} .reference}}"
+    if thing.__module__ == "kslottery.cli" and (taken := options(thing)):
+        parts = [heading, docstring(thing), listed("Arguments and options", taken)]
+    else:
+        parts = [heading, fenced(signature(thing, name), "python"), docstring(thing)]
     if inspect.isclass(thing):
         for method, raw in vars(thing).items():
             of = getattr(raw, "fget", None) or getattr(raw, "func", None) or getattr(raw, "__func__", raw)
-            if not method.startswith("_") and inspect.isfunction(of) and of.__doc__ and of.__qualname__ == f"{name}.{method}":
+            if (
+                not method.startswith("_")
+                and inspect.isfunction(of)
+                and of.__doc__
+                and of.__qualname__ == f"{name}.{method}"
+            ):
                 if isinstance(raw, (staticmethod, classmethod)) or inspect.isfunction(raw):
                     parts.append(entry(getattr(thing, method), f"{name}.{method}", level + 1, source=False))
                 else:  # a property is read, not called
-                    parts += [f"{'#' * (level + 1)} {name}.{method} {{#{name.lower()}.{method.lower()} .reference}}", docstring(of, [])]
+                    parts += [
+                        f"{'#' * (level + 1)} {name}.{method} {{#{name.lower()}.{method.lower()} .reference}}",
+                        docstring(of),
+                    ]
     if source:
         parts.append(folded(fenced(inspect.getsource(thing), "python"), "Code"))
     return "\n\n".join(p for p in parts if p)
 
 
 def process():
-    "nbs/ -> _proc/, as nbdev's proc_nbs does; but reference entries come from the library as it is imported, so that no cell of a notebook is executed."
+    """nbs/ -> _proc/, as nbdev's proc_nbs does, without running a notebook's cells.
+
+    The reference entries come from the library as it is imported.
+    """
     from execnb.nbio import mk_cell, read_nb, write_nb
     from nbdev.process import Processor
     from nbdev.processors import FilterDefaults, exec_show_docs
@@ -145,7 +241,9 @@ def process():
 
         def __init__(self, nb):
             super().__init__(nb)
-            self.module = next((c.directives_["default_exp"][0] for c in nb.cells if "default_exp" in c.directives_), None)
+            self.module = next(
+                (c.directives_["default_exp"][0] for c in nb.cells if "default_exp" in c.directives_), None
+            )
 
     class Filter(FilterDefaults):
         def base_procs(self):
@@ -154,12 +252,19 @@ def process():
     shutil.rmtree(PROCESSED, ignore_errors=True)
     for path in sorted(NBS.rglob("*")):
         place = path.relative_to(NBS)
-        if path.is_dir() or any(p.startswith(".") or p in ("runs", "__pycache__") for p in place.parts) or (path.name.startswith("_") and path.suffix == ".py"):
+        if (
+            path.is_dir()
+            or any(p.startswith(".") or p in ("runs", "__pycache__") for p in place.parts)
+            or (path.name.startswith("_") and path.suffix == ".py")
+        ):
             continue
         (PROCESSED / place).parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".ipynb":
             notebook = read_nb(path)
             Filter()(notebook)
+            for made in notebook.cells:  # a link whose text is a name of the library: nbdev puts a link into it
+                if made.cell_type == "markdown":
+                    made.source = re.sub(r"\[\[(`[^`]*`)\]\([^)]*\)\]\(", r"[\1](", made.source)
             write_nb(notebook, PROCESSED / place)
         else:
             shutil.copyfile(path, PROCESSED / place)
@@ -182,7 +287,9 @@ class Page:
         if front:
             rest = "".join(self.cells[0]["source"])[front.end() :]
             self.cells[0] = {"cell_type": "markdown", "source": rest}
-        self.target = posixpath.join(posixpath.dirname(self.path), Path(self.front.get("output-file", path.stem)).stem + ".md")
+        self.target = posixpath.join(
+            posixpath.dirname(self.path), Path(self.front.get("output-file", path.stem)).stem + ".md"
+        )
         self.figures = {}  # file name beside the page -> bytes
         self.without_alt = []  # (cell number, nearest heading) of figures that have no text of their own
 
@@ -192,7 +299,10 @@ class Page:
         return self.front.get("title") or (heading[1] if heading else self.path)
 
     def markdown(self, links):
-        "The page as Markdown. links: a function of (page, target of a link) that gives the target in mkdocs' terms, or None for no link."
+        """The page as Markdown.
+
+        `links(page, target)` gives the target of a link in mkdocs' terms, or None for no link.
+        """
         parts = [f"# {self.front['title']}"] if "title" in self.front else []
         if "description" in self.front:
             parts.append(f"{self.front['description']}\n{{ .lead }}")
@@ -210,16 +320,23 @@ class Page:
         "A code cell: what was written, folded if asked for, and what it gave."
         lines = source.split("\n")
         try:
-            options = yaml.safe_load("\n".join(line[2:].strip() for line in lines if line.startswith("#|") and ":" in line)) or {}
+            options = (
+                yaml.safe_load("\n".join(line[2:].strip() for line in lines if line.startswith("#|") and ":" in line))
+                or {}
+            )
         except yaml.YAMLError as error:
-            raise ValueError(f"{self.path}, under {heading!r}: a #| line is no YAML ({error.problem}): put its text in quotes") from None
+            raise ValueError(
+                f"{self.path}, under {heading!r}: a #| line is no YAML ({error.problem}): put its text in quotes"
+            ) from None
         source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
         if options.get("include") is False:
             return
         if source and options.get("echo") is not False:
             block = fenced(source, cell.get("metadata", {}).get("language", "python"))
             if options.get("code-fold") in (True, "true", "show"):
-                block = folded(block, html.escape(str(options.get("code-summary", "Code"))), options["code-fold"] == "show")
+                block = folded(
+                    block, html.escape(str(options.get("code-summary", "Code"))), options["code-fold"] == "show"
+                )
             yield block
         if options.get("output") is False:
             return
@@ -231,14 +348,20 @@ class Page:
                 yield fenced("".join(output["text"]), "{.text .output .no-copy}")
             elif "image/png" in data:
                 name = f"{Path(self.target).stem}_files/figure-{len(self.figures) + 1}.png"
-                self.figures[posixpath.join(posixpath.dirname(self.path), name)] = base64.b64decode("".join(data["image/png"]))
+                self.figures[posixpath.join(posixpath.dirname(self.path), name)] = base64.b64decode(
+                    "".join(data["image/png"])
+                )
                 caption = options.get("fig-cap")
                 alt = options.get("fig-alt") or caption
                 if not alt:
                     self.without_alt.append((number, heading))
                     alt = f"{re.sub(r'[`*$]', '', heading)}: figure"
                 figure = f"![{alt}]({name})"
-                yield f'<figure markdown="1">\n\n{figure}\n\n<figcaption>{html.escape(caption)}</figcaption>\n\n</figure>' if caption else figure
+                yield (
+                    f'<figure markdown="1">\n\n{figure}\n\n<figcaption>{html.escape(caption)}</figcaption>\n\n</figure>'
+                    if caption
+                    else figure
+                )
             elif "text/markdown" in data:
                 yield self._linked("".join(data["text/markdown"]), links)
             elif "text/html" in data:
@@ -300,12 +423,21 @@ def outside_code(text, change):
 
 def anchor(text, separator="-"):
     "The id of a heading as Pandoc makes it, so that links hold in both renderers."
-    return re.sub(r"\s+", separator, re.sub(r"^[^a-z]+", "", re.sub(r"[^\w\s.-]", "", text.lower())).strip()) or "section"
+    return (
+        re.sub(r"\s+", separator, re.sub(r"^[^a-z]+", "", re.sub(r"[^\w\s.-]", "", text.lower())).strip()) or "section"
+    )
 
 
 def links_between(pages, site):
-    "The function that rewrites links: notebooks to their pages, addresses on the site to the pages they mean, names without an entry to no link."
-    by_path = {p.path: p for p in pages} | {p.target: p for p in pages} | {posixpath.splitext(p.target)[0] + ".html": p for p in pages}
+    """The function that rewrites links.
+
+    Notebooks become their pages, addresses on the site the pages that they mean; a name without an entry gets no link.
+    """
+    by_path = (
+        {p.path: p for p in pages}
+        | {p.target: p for p in pages}
+        | {posixpath.splitext(p.target)[0] + ".html": p for p in pages}
+    )
 
     def rewrite(page, target):
         path, hash_, place = target.partition("#")
@@ -386,6 +518,8 @@ def mkdocs():
     pages, site, math = write_pages()
     shutil.copyfile(NBS / "styles.css", SOURCE / "styles.css")
     website = QUARTO["website"]
+    source = website["repo-url"]
+    strict = dict.fromkeys(("anchors", "not_found", "unrecognized_links"), "warn")
     settings = {
         "site_name": website["title"],
         "site_description": website["description"],
@@ -394,13 +528,16 @@ def mkdocs():
         "site_dir": str(ROOT / "_docs"),
         "use_directory_urls": False,
         "strict": True,
-        "copyright": f'<a href="{website["repo-url"]}">Source</a> · <a href="{website["repo-url"]}/issues/new">Report an issue</a>',
+        "copyright": f'<a href="{source}">Source</a> · <a href="{source}/issues/new">Report an issue</a>',
         "nav": list(navigation(website["sidebar"]["contents"], pages)),
-        "validation": {"nav": {"omitted_files": "warn"}, "links": {"anchors": "warn", "not_found": "warn", "unrecognized_links": "warn"}},
+        "validation": {"nav": {"omitted_files": "warn"}, "links": strict},
         "theme": {
             "name": "material",
             "font": False,
-            "features": ["navigation.sections", "navigation.footer", "navigation.top", "toc.follow", "content.code.copy", "search.highlight"],
+            "features": [
+                *("navigation.sections", "navigation.footer", "navigation.top", "toc.follow"),
+                *("content.code.copy", "search.highlight"),
+            ],
             "palette": [scheme("light", "default", "white", "night"), scheme("dark", "slate", "black", "sunny")],
         },
         "plugins": [{"search": {"separator": r"[\s\-,:!=\[\]()\"/.]+"}}],
@@ -408,11 +545,12 @@ def mkdocs():
         "extra_css": [f"{math}/katex.min.css", "styles.css"],
         "extra_javascript": [f"{math}/katex.min.js", "math.js"],
         "markdown_extensions": [
-            "tables", "attr_list", "md_in_html", "admonition", "footnotes", "def_list",
+            *("tables", "attr_list", "md_in_html", "admonition", "footnotes", "def_list", "pymdownx.superfences"),
             {"toc": {"permalink": True, "slugify": anchor, "toc_depth": "2-4"}},
-            "pymdownx.superfences", {"pymdownx.highlight": {"use_pygments": True}}, {"pymdownx.arithmatex": {"generic": True}},
+            {"pymdownx.highlight": {"use_pygments": True}},
+            {"pymdownx.arithmatex": {"generic": True}},
         ],
-    }  # fmt: skip
+    }
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     configuration = SOURCE.with_name("mkdocs.yml")
     configuration.write_text("{}", encoding="utf-8")

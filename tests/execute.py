@@ -1,4 +1,7 @@
-"""Execute notebooks at full size and store their outputs: python tests/execute.py [notebook ...]. A notebook that fails is left as it was."""
+"""Execute notebooks at full size and store their outputs: python tests/execute.py [notebook ...].
+
+A notebook that fails is left as it was.
+"""
 
 import os
 import shutil
@@ -10,10 +13,18 @@ from pathlib import Path
 import papermill
 
 root = Path(__file__).resolve().parent.parent
-notebooks = [Path(n).resolve() for n in sys.argv[1:]] or sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # how-to pages call kslottery from a shell
+notebooks = [Path(n).resolve() for n in sys.argv[1:]] or sorted(
+    p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+)
+os.environ["PATH"] = (
+    f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # how-to pages call kslottery from a shell
+)
 os.environ["KSLOTTERY_PROGRESS"] = os.devnull  # bars and warnings do not belong into stored outputs
-os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+os.environ |= {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 for notebook in notebooks:
     print(notebook.relative_to(root), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,12 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def figures(notebook: Path) -> dict[str, bytes]:
     "The figures stored in a notebook, by the name of the file that README links."
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    stored = [o["data"]["image/png"] for c in cells if c["cell_type"] == "code" for o in c["outputs"] if "image/png" in o.get("data", {})]
+    stored = [
+        o["data"]["image/png"]
+        for c in cells
+        if c["cell_type"] == "code"
+        for o in c["outputs"]
+        if "image/png" in o.get("data", {})
+    ]
     return {f"nbs/images/{notebook.stem}-{n}.png": base64.b64decode(image) for n, image in enumerate(stored, 1)}
 
 
 def badges() -> str:
-    "What settings.ini says about the package, and the paper. They are pictures from elsewhere, so the docs site does without."
+    "What settings.ini says about the package, and the paper. Pictures from elsewhere, so the site does without."
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     package, picture = config["DEFAULT"], "https://img.shields.io/badge/{}-{}-{}"
@@ -28,28 +34,31 @@ def badges() -> str:
         ("licence", {"apache2": "Apache 2.0"}[package["license"]], "green", "LICENSE"),
         ("paper", "arXiv 2402.02801", "b31b1b", "https://arxiv.org/abs/2402.02801"),
     )
-    return "\n".join(f"[![{name}: {text}]({picture.format(name, quote(text), colour)})]({link})" for name, text, colour, link in shown)
+    return "\n".join(
+        f"[![{name}: {text}]({picture.format(name, quote(text), colour)})]({link})"
+        for name, text, colour, link in shown
+    )
 
 
 def render(notebook: Path) -> str:
-    "The notebook as Markdown: hidden cells left out, links to notebooks made relative to the repository, badges under the title."
+    "The notebook as Markdown: links to notebooks made relative to the repository, badges under the title."
     names, parts = iter(figures(notebook)), ["<!-- Generated from nbs/index.ipynb by `make export`. Do not edit. -->"]
     for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
         if number == 1:
             parts.append(badges())
-        source, alt = "".join(cell["source"]), "figure"
-        if found := re.match(r"#\| fig-alt: (.+)\n", source):
-            source, alt = source[found.end() :], found[1]
+        source = "".join(cell["source"])
+        options = dict(re.findall(r"^#\| ([\w-]+): (.+)\n", source, re.MULTILINE))
+        source = re.sub(r"^#\|.*\n", "", source, flags=re.MULTILINE)
         if cell["cell_type"] == "markdown":
             parts.append(re.sub(r"\]\((?!http|#)([^)]+)\)", r"](nbs/\1)", source))
             continue
-        if not source.startswith("#| hide"):
+        if options.get("echo") != "false":
             parts.append(f"```python\n{source}\n```")
         text = ""
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
-                parts.append(f"![{alt}]({next(names)})")
+                parts.append(f"![{options['fig-alt']}]({next(names)})")
             else:
                 text += "".join(output.get("text") or data.get("text/plain", "")).rstrip() + "\n"
         if text.strip():

@@ -1,299 +1,396 @@
-"""What a reader of the reference may rely on: every array has a shape and a dtype, every error that can come is named and no other, every method says where it comes from.
+"""The form of the code, read off the code itself: docstrings as numpydoc has them, signatures, widths, cells.
 
-The rules are read off the code itself (its syntax trees), so that a new function falls under them without being listed here. What is listed is an exception, with its reason.
+What is checked is structure, not English: every parameter has its entry with a type, every array its shape and dtype,
+nothing is explained that is not there. A new function falls under the rules without being listed here.
 """
 
 import ast
 import builtins
+import dataclasses
+import enum
 import inspect
+import json
 import re
+import typing
 from functools import cache
-from typing import NamedTuple
 
-from test_docs import exported
+import pytest
 
+from _render import entries, sections
 from conftest import ROOT
-from test_library import MODULES
+from house import rooms
+from kslottery.cli import app
+from test_docs import exported
+from test_library import MODULES, NOTEBOOKS
 
-PUBLIC = {f"{module}.{name}": inspect.getdoc(thing) for module, name, thing in exported()}
-COMMANDS = {name for name in PUBLIC if re.search(r"^Example: kslottery ", PUBLIC[name], re.M)}  # a command ends with a status and a sentence
-ERRORS = {name for name, thing in vars(builtins).items() if isinstance(thing, type) and issubclass(thing, Exception)} | {"PapermillExecutionError"}
-
-
-class Code(NamedTuple):
-    "A function, a class by its constructor, or a table of functions: where it stands, its tree, and the names that its module knows."
-
-    module: str
-    owner: str
-    tree: ast.AST
-    known: dict
-    table: bool = False
+WIDTH, MOST_PARAMETERS, MOST_LINES = 120, 8, 60
+TITLES = "Parameters Attributes Returns Yields Raises Notes References Examples".split()
+COMMANDS = {c.callback.__name__ for c in app.registered_commands}  # their options explain themselves, in --help
+THINGS = {f"{module}.{name}": thing for module, name, thing in exported()}
+PLAIN = {name: thing for name, thing in THINGS.items() if name not in {f"cli.{c}" for c in COMMANDS}}
 
 
-@cache
-def library():
-    "Every function of the library by module.name or module.Class.name; a class stands for what making one of it runs."
-    codes = {}
-    for module in MODULES:
-        tree = ast.parse((ROOT / "kslottery" / f"{module}.py").read_text())
-        known = {node.name: f"{module}.{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("kslottery.")):
-                known |= {alias.asname or alias.name: f"{node.module.removeprefix('kslottery.')}.{alias.name}" for alias in node.names}
-            if isinstance(node, ast.Assign) and node in tree.body and isinstance(node.targets[0], ast.Name):  # a table of functions, say
-                known[node.targets[0].id] = f"{module}.{node.targets[0].id}"
-                codes[known[node.targets[0].id]] = Code(module, "", node.value, known, True)
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef):
-                codes[f"{module}.{node.name}"] = Code(module, "", node, known)
-            elif isinstance(node, ast.ClassDef):
-                methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
-                made = [m for m in methods if m.name in ("__init__", "__post_init__", "__getitem__")]
-                codes[f"{module}.{node.name}"] = Code(module, node.name, ast.Module(made, []), known)
-                codes |= {f"{module}.{node.name}.{m.name}": Code(module, node.name, m, known) for m in methods}
-    return codes
+def parts(thing):
+    "The sections of a docstring by their titles."
+    return dict(sections(inspect.getdoc(thing)))
 
 
-def raised(code):
-    "The errors that a function raises itself."
-    calls = (n.exc.func if isinstance(n.exc, ast.Call) else n.exc for n in ast.walk(code.tree) if isinstance(n, ast.Raise) and n.exc)
-    return {c.id for c in calls if isinstance(c, ast.Name)} & ERRORS
+def described(thing, *titles):
+    "The entries of some sections: [(name, type, explanation)], one for each name."
+    found = [entry for title in titles for entry in entries(parts(thing).get(title, ""))]
+    return [(name.strip("* "), kind, said) for names, kind, said in found for name in names.split(",")]
 
 
-def used(code, methods=False):
-    "The functions of the library that a function names; methods of its own object; with `methods`, every method of the library that has the name of one that it calls."
-    found, called = (
-        set(),
-        {id(n.func) for n in ast.walk(code.tree) if isinstance(n, ast.Call)} if code.table else set(),
-    )  # what made a table was called on import
-    for node in ast.walk(code.tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in code.known and id(node) not in called:
-            found.add(code.known[node.id])
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-            found.add(f"{code.module}.{code.owner}.{node.attr}")
-        if isinstance(node, ast.Name) and node.id == "cls":
-            found.add(f"{code.module}.{code.owner}")
-        if methods and isinstance(node, ast.Attribute):
-            found |= {name for name in library() if name.count(".") == 2 and name.endswith(f".{node.attr}")}
-    return found & library().keys()
+def parameters(thing):
+    "What a function is called with, or a class is made with; [] where a class leaves that to one from elsewhere."
+    if inspect.isclass(thing):
+        made = {"__init__", "__new__"} & vars(thing).keys() or dataclasses.is_dataclass(thing)
+        if not made and not hasattr(thing, "_fields") or issubclass(thing, enum.Enum):
+            return []
+    given = [p for n, p in inspect.signature(thing).parameters.items() if n not in ("self", "cls")]
+    return [p for p in given if not p.name.startswith("_")]
 
 
-def reach(name, follow):
-    "A function and all that it leads to by `follow` (a function of one name)."
-    seen, new = set(), {name}
-    while new:
-        seen |= new
-        new = {n for m in new for n in follow(m)} - seen
-    return seen
+def returned(thing):
+    "The annotation of what a function returns, as text; None for nothing."
+    back = "None" if inspect.isclass(thing) else thing.__annotations__.get("return", "None")
+    text = inspect.formatannotation(back) if not isinstance(back, str) else back
+    return None if text in ("None", "NoReturn", "typing.NoReturn") else text
 
 
-def errors_of(name, methods=False):
-    "What a function raises, or a function that it names. With `methods`, at most all that can come out of it."
-    return {error for n in reach(name, lambda n: used(library()[n], methods)) for error in raised(library()[n])}
+def none(what, names):
+    names = sorted(names)
+    assert not names, "\n  ".join([f"{what}:", *names])
 
 
-def sentences(text):
-    return re.split(r"(?<=[.:])\s+(?=[A-Z`])|\n", text)
+# Docstrings
 
 
-def stated(name, seen=()):
-    "The errors that a docstring names, also by way of another's: Raises as `ks_scan` does."
-    text, found = PUBLIC[name], set()
-    for sentence in sentences(text):
-        if not re.search(r"\b[Rr]aises?\b|\berrors?\b|\brefuses?\b", sentence):
-            continue
-        found |= {word for word in re.findall(r"\w+", sentence) if word in ERRORS}
-        for other in re.findall(r"`([\w.]+)`", sentence):
-            for candidate in PUBLIC:
-                if candidate not in (name, *seen) and (
-                    f".{candidate}".endswith(f".{other}") or f".{candidate}".endswith(f".{other.removeprefix('kslottery.')}")
-                ):
-                    found |= stated(candidate, (name, *seen))
-    return found
+def test_every_public_thing_has_a_sentence():
+    bad = []
+    for name, thing in THINGS.items():
+        first, _, rest = (inspect.getdoc(thing) or "").partition("\n")
+        made_up = first.startswith(f"{name.split('.')[-1]}(")  # by dataclasses and named tuples
+        if not re.search(r"[.?]$", first) or made_up or (rest and not rest.startswith("\n")):
+            bad.append(f"kslottery.{name}: {first!r}")
+    none("begin these with one sentence on a line of its own, with a full stop", bad)
 
 
-def listed(what, names):
-    return "\n  ".join([f"{what}:", *sorted(names)])
+def test_every_public_method_has_a_docstring():
+    "A method without one is not in the reference."
+    mute = []
+    for name, thing in THINGS.items():
+        for method, raw in vars(thing).items() if inspect.isclass(thing) else ():
+            of = getattr(raw, "fget", None) or getattr(raw, "func", None) or getattr(raw, "__func__", raw)
+            own = inspect.isfunction(of) and of.__qualname__ == f"{thing.__name__}.{method}"
+            if own and not method.startswith("_") and not of.__doc__ and method not in ("forward", "extra_repr"):
+                mute.append(f"kslottery.{name}.{method}")
+    none("say what these do", mute)
 
 
-# Errors: named where they can come, and only there
-
-CAUGHT = {  # (function, error) that the function itself catches, or that a caller cannot bring about
-    ("rows.TunedRows.conflicts", "ValueError"): "it asks for the ids that both have",
-}
-FROM_ELSEWHERE = {  # (function, error) that another library raises
-    ("core.write_json", "ValueError"): "json, for NaN",
-    ("run.execute", "PapermillExecutionError"): "papermill",
-}
+def test_sections_are_those_of_numpydoc():
+    bad = [f"kslottery.{n}: {t}" for n, thing in THINGS.items() for t in parts(thing) if t and t not in TITLES]
+    for name, thing in THINGS.items():
+        order = [TITLES.index(t) for t in parts(thing) if t in TITLES]
+        if order != sorted(order):
+            bad.append(f"kslottery.{name}: the order is {', '.join(TITLES)}")
+    none(f"sections are {', '.join(TITLES)}", bad)
 
 
-def test_every_error_that_can_come_is_named():
-    silent = []
-    for name in PUBLIC.keys() - COMMANDS:
-        missing = {e for e in errors_of(name) - stated(name) if (name, e) not in CAUGHT}
-        silent += [f"kslottery.{name}: {error}" for error in missing]
-    assert not silent, listed("say in the docstring when these come (Raises ...)", silent)
+def test_every_parameter_has_its_entry_and_nothing_else_has():
+    bad = []
+    for name, thing in PLAIN.items():
+        wanted = [p.name for p in parameters(thing)]
+        found = [n for n, _, _ in described(thing, "Parameters")]
+        if inspect.isclass(thing):  # some fields are better called attributes; others are only read
+            read = [n for n, _, _ in described(thing, "Attributes")]
+            found += [n for n in read if n in wanted and n not in found]
+            above = {f for c in thing.__mro__[1:] for f in getattr(c, "__dataclass_fields__", {})}
+            wanted = [n for n in wanted if n in found or n not in above]  # what a class inherits stands there
+        if wanted != found:
+            bad.append(
+                f"kslottery.{name}: takes {', '.join(wanted) or 'nothing'}; explains {', '.join(found) or 'nothing'}"
+            )
+    none("Parameters is what the signature has, in its order", bad)
 
 
-def test_no_error_is_named_that_cannot_come():
-    false = []
-    for name in PUBLIC.keys() - COMMANDS:
-        false += [f"kslottery.{name}: {e}" for e in stated(name) - errors_of(name, methods=True) if (name, e) not in FROM_ELSEWHERE]
-    assert not false, listed("nothing in the code raises these", false)
+def test_every_attribute_is_there():
+    bad = []
+    for name, thing in THINGS.items():
+        if inspect.isclass(thing):
+            source, bases = inspect.getsource(thing), [b for c in thing.__mro__ for b in vars(c)]
+            hints = [h for c in thing.__mro__ for h in vars(c).get("__annotations__", {})]
+            for attribute, _, _ in described(thing, "Attributes"):
+                if attribute not in (*bases, *hints) and f"self.{attribute}" not in source:
+                    bad.append(f"kslottery.{name}: {attribute}")
+    none("Attributes that are not there", bad)
 
 
-def test_errors_stand_in_a_sentence_that_starts_with_raises():
-    "So the reference lists them."
-    loose = []
-    for name in PUBLIC:
-        for sentence in sentences(PUBLIC[name]):
-            if set(re.findall(r"\w+", sentence)) & ERRORS and not re.match(r"Raises? ", sentence):
-                loose.append(f"kslottery.{name}: {sentence}")
-    assert not loose, listed("begin these with Raises", loose)
+def test_every_entry_has_a_type():
+    bad = [
+        f"kslottery.{name}: {entry}"
+        for name, thing in THINGS.items()
+        for entry, kind, said in described(thing, "Parameters", "Attributes")
+        if not kind or not said
+    ]
+    none("entries are `name : type` and an indented explanation", bad)
 
 
-# Shapes
-
-SHAPE = re.compile(r"\((?:\.\.\.|\w+),(?: ?\w+,?)*\)")
-DTYPE = re.compile(r"\b(u?int\d*|integers?|whole numbers?|float\d*|floats?|floating|fp32|bool(ean)?s?|bytes)\b")
-TO_ARRAY = {"asarray", "array", "ravel", "as_tensor", "from_numpy", "isin", "nan_to_num", "flatnonzero", "setdiff1d"}
-NO_SHAPE = {
-    ("core.fingerprint", "value"): "anything goes, of every shape and dtype; both are part of the fingerprint",
-    ("ks.ks_pvalue", "statistic"): "one number, or an array of any shape",
-}
-
-
-def parameters(code):
-    "The parameters of a function, or of a class's constructor, by position."
-    made = [f for f in getattr(code.tree, "body", []) if getattr(f, "name", "") == "__init__"] if isinstance(code.tree, ast.Module) else [code.tree]
-    given = made[0].args if made and isinstance(made[0], ast.FunctionDef) else None
-    return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs) if a.arg not in ("self", "cls")] if given else []
-
-
-def callees(code, call):
-    "The functions of the library that a call may run."
-    if isinstance(call.func, ast.Name):
-        return {code.known.get(call.func.id)} & library().keys()
-    if isinstance(call.func, ast.Attribute):
-        return {name for name in library() if name.count(".") == 2 and name.endswith(f".{call.func.attr}")}
-    return set()
-
-
-@cache
-def arrays(name, above=()):
-    "The parameters that a function treats as arrays: it asks for their shape, takes slices of several axes, makes arrays of them, or hands them to a function of the library that does."
-    code, found = library()[name], set()
-    known = parameters(code)
-    for node in ast.walk(code.tree):
-        if isinstance(node, ast.Attribute) and node.attr in ("shape", "ndim", "detach") and isinstance(node.value, ast.Name):
-            found.add(node.value.id)
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and isinstance(node.value, ast.Name):
-            found.add(node.value.id)
-        if not isinstance(node, ast.Call):
-            continue
-        if isinstance(node.func, ast.Attribute) and node.func.attr in TO_ARRAY and getattr(node.func.value, "id", "") in ("np", "torch"):
-            found |= {a.id for a in node.args if isinstance(a, ast.Name)}
-        for callee in callees(code, node) - {name, *above}:
-            theirs = parameters(library()[callee])
-            given = [*zip(theirs, node.args), *((k.arg, k.value) for k in node.keywords)]
-            found |= {v.id for p, v in given if isinstance(v, ast.Name) and v.id in known and p in arrays(callee, (name, *above))}
-    return found & set(known)
-
-
-def explained(text, parameter):
-    "What a docstring says about a parameter: name: ..., up to the next one or the end of the paragraph; else the sentences with the name in back-ticks."
-    start = re.search(rf"(?:^|(?<=[.;:)] ))(?:`?\w+`?, )*`?{parameter}`?(?:, \w+)*: ", text, re.M)
-    if not start:
-        return "\n".join(s for s in sentences(text) if f"`{parameter}`" in s)
-    rest = text[start.end() :]
-    end = re.search(r"\n\n|(?:(?<=[.;] )|\n)(?:(?:\w+, )*\w+: |Returns |Raises |Source: )", rest)
-    return rest[: end.start()] if end else rest
-
-
-def has_shape(name, parameter, seen=()):
-    "Whether a docstring gives shape and dtype of a parameter, or names a function that does: as for `ks_scan`."
-    said = explained(PUBLIC[name], parameter)
-    if SHAPE.search(said) and DTYPE.search(said):
-        return True
-    others = [re.escape(o.removeprefix("kslottery.")) for o in re.findall(r"\b(?:as|see)\b[^.`]*`([\w.]+)`", said)]
-    return any(has_shape(c, parameter, (name, *seen)) for o in others for c in PUBLIC if re.search(rf"(^|\.){o}$", c) and c not in (name, *seen))
+SHAPE = re.compile(r"\((?:\.\.\.|[\w +*-]+),(?: ?[\w +*-]+,?)*\)|\bof (?:any|the same|every) shape|\bscalar\b")
+DTYPE = re.compile(
+    r"\b(u?int\d*|integers?|whole numbers?|b?float\d*|floats?|floating|fp\d+|bool(ean)?s?|bytes|any dtype|numbers?)\b"
+)
+ARRAY = re.compile(r"ndarray|NDArray|Tensor\b|ArrayLike|array_like|\barrays?\b")
 
 
 def test_every_array_has_a_shape_and_a_dtype():
-    bare = []
-    for name in PUBLIC.keys() - COMMANDS:
-        fields = [
-            f for f, kind in getattr(thing_of(name), "__annotations__", {}).items() if "ndarray" in str(kind) and "Callable" not in str(kind) and f != "return"
-        ]
-        for parameter in {*arrays(name), *fields}:
-            if (name, parameter) not in NO_SHAPE and not has_shape(name, parameter):
-                bare.append(f"kslottery.{name}: {parameter}")
-        returned = getattr(thing_of(name), "__annotations__", {}).get("return", "")
-        if "ndarray" in str(returned) and not (SHAPE.search(PUBLIC[name]) and DTYPE.search(PUBLIC[name])):
-            bare.append(f"kslottery.{name}: what it returns")
-    assert not bare, listed("give a shape such as (V, d) and a dtype, or a function that does (as for `ks_scan`)", bare)
+    bad = []
+    for name, thing in PLAIN.items():
+        hints = {p.name: str(p.annotation) for p in parameters(thing)}
+        for entry, kind, said in described(thing, "Parameters", "Attributes", "Returns"):
+            if not ARRAY.search(f"{kind} {hints.get(entry, '')}") or re.search(r"Callable|Iterat", kind):
+                continue
+            if not SHAPE.search(f"{kind} {said}") or not DTYPE.search(f"{kind} {said}"):
+                bad.append(f"kslottery.{name}: {entry} : {kind}")
+        back = returned(thing) or ""
+        if ARRAY.search(back) and not SHAPE.search(inspect.getdoc(thing) or ""):
+            bad.append(f"kslottery.{name}: what it returns")
+    none("give a shape such as (V, d), and a dtype", bad)
+
+
+def test_what_is_returned_is_described():
+    bad = []
+    for name, thing in PLAIN.items():
+        said = parts(thing)
+        if inspect.isfunction(thing):
+            gives, tells = returned(thing), "Returns" in said or "Yields" in said
+            if tells != bool(gives) and (tells or parameters(thing)):  # without parameters the sentence is enough
+                bad.append(f"kslottery.{name}: {'tells of a result' if tells else f'returns {gives}'}")
+    none("Returns where something is returned, and only there", bad)
 
 
 # Sources
 
-METHOD = (
-    "ks",
-    "criteria",
-    "certificate",
-    "tuning",
-    "evaluation",
-    "losses",
-    "decomposition",
-    "audit",
-)  # statistics, trainings, scores: somebody's invention, be it ours
-NO_METHOD = {
-    "run": "notebooks and their reports", "doctor": "what is installed", "core": "files, fingerprints, progress", "checkpoints": "reading files; the test is that of ks", "data": "reading and writing out sentences", "babel": "a world of our own",
-    "rows": "a mechanism, no method", "ticket": "a file format", "bank": "a mechanism, no method", "plots": "pictures of what other modules found", "cli": "commands",
-}  # fmt: skip
-PLUMBING = {  # functions of the first that hand on, look up or count
-    "ks.map_rows", "tuning.active_ids", "tuning.trainable_parameters", "evaluation.get_extraction", "evaluation.signatures", "evaluation.prompt_fields", "evaluation.exact_match", "losses.ladder_sizes",
-    "audit.split_template", "audit.judge", "decomposition.plot_decomposition",
-}  # fmt: skip
-YEAR = re.compile(r"\b(19|20)\d\d\b")
+METHODS = "ks tuning evaluation decomposition certificate lottery audit calibration".split()  # somebody's inventions
+PLUMBING = {  # functions of these that hand on, look up or count
+    *("ks.map_rows", "tuning.active_ids", "tuning.trainable_parameters", "evaluation.get_extraction"),
+    *("evaluation.signatures", "evaluation.exact_match", "calibration.ladder"),
+}
 
 
 def test_every_method_says_where_it_comes_from():
-    assert {*METHOD, *NO_METHOD} == set(MODULES), "a new module: does it hold methods?"
-    mute = [
-        f"kslottery.{n}"
-        for n in PUBLIC
-        if n.count(".") == 1 and n.split(".")[0] in METHOD and inspect.isfunction(thing_of(n)) and n not in PLUMBING and not source(n)
+    functions = {n for n, thing in PLAIN.items() if n.split(".")[0] in METHODS and inspect.isfunction(thing)}
+    functions = {n for n in functions if n.count(".") == 1}
+    mute = {n for n in functions if "References" not in parts(PLAIN[n])}
+    none("References: a paper, the study of 2026, or this project", mute - PLUMBING)
+    assert PLUMBING <= mute, "not plumbing, or gone"
+
+
+# Errors
+
+KNOWN = {n for n, thing in vars(builtins).items() if isinstance(thing, type) and issubclass(thing, Exception)}
+KNOWN |= {thing.__name__ for thing in THINGS.values() if inspect.isclass(thing) and issubclass(thing, Exception)}
+FROM_ELSEWHERE = {  # errors that another library raises; by the name of the function
+    "PapermillExecutionError": {"run.execute"},
+}
+
+
+@cache
+def code():
+    "Every function, class and table of the library by its bare name: (errors that it raises, names that it uses)."
+    found = {}
+    for module in MODULES:
+        tree = ast.parse((ROOT / "kslottery" / f"{module}.py").read_text())
+        tables = [(ast.unparse(n.targets[0]), n) for n in tree.body if isinstance(n, ast.Assign)]
+        functions = [(n.name, n) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        for name, node in tables + functions:
+            raised = (n.exc for n in ast.walk(node) if isinstance(n, ast.Raise) and n.exc)
+            errors = {getattr(e.func if isinstance(e, ast.Call) else e, "id", "") for e in raised}
+            uses = {getattr(n, "id", None) or getattr(n, "attr", "") for n in ast.walk(node)}
+            before = found.get(name, (set(), set()))
+            found[name] = before[0] | errors, before[1] | uses
+    return found
+
+
+@cache
+def can_raise(name):
+    "The errors that a function raises, or anything of the library that has a name which it uses: at most all."
+    seen, new = set(), {name}
+    while new:
+        seen |= new
+        new = {use for n in new for use in code()[n][1] if use in code()} - seen
+    return set().union(*(code()[n][0] for n in seen))
+
+
+def test_errors_can_come():
+    false = []
+    for name, thing in THINGS.items():
+        for error, kind, said in entries(parts(thing).get("Raises", "")):
+            for one in re.split(r",\s*|\s+or\s+", error):
+                own = name.split(".")[-1]
+                if one not in KNOWN | FROM_ELSEWHERE.keys() or kind or not said:
+                    false.append(
+                        f"kslottery.{name}: {one} {kind} is no entry: the name of an error, then what brings it"
+                    )
+                elif one not in can_raise(own) and name not in FROM_ELSEWHERE.get(one, ()):
+                    false.append(f"kslottery.{name}: nothing in its code raises {one}")
+    none("Raises", false)
+
+
+# Signatures
+
+
+def test_signatures_are_short():
+    bad = []
+    for name, thing in PLAIN.items():
+        given = parameters(thing)
+        made = not inspect.isclass(thing) or "__init__" in vars(thing) and not dataclasses.is_dataclass(thing)
+        if made and len(given) > MOST_PARAMETERS and name != "lottery.find_ticket":
+            bad.append(f"kslottery.{name}: {len(given)}")
+    none(f"more than {MOST_PARAMETERS} parameters", bad)
+
+
+def test_signatures_are_annotated():
+    bad = []
+    for name, thing in THINGS.items():
+        bare = [p.name for p in parameters(thing) if p.annotation is p.empty]
+        if inspect.isfunction(thing) and "return" not in thing.__annotations__:
+            bare.append("return")
+        if bare:
+            bad.append(f"kslottery.{name}: {', '.join(bare)}")
+    none("annotate these", bad)
+
+
+def test_no_keywords_are_hidden():
+    bad = [
+        f"kslottery.{name}: **{p.name}"
+        for name, thing in THINGS.items()
+        for p in parameters(thing)
+        if p.kind is p.VAR_KEYWORD and p.name not in [n for n, _, _ in described(thing, "Parameters")]
     ]
-    assert not mute, listed("say where these come from (Source: a reference; the audit; this project)", mute)
-    assert not [n for n in PLUMBING if n not in PUBLIC or source(n)], "not plumbing, or gone"
+    none("say to which library these are handed", bad)
 
 
-def test_references_stand_in_a_sentence_that_starts_with_source():
-    loose = [
-        f"kslottery.{n}: {s}"
-        for n in PUBLIC.keys() - COMMANDS
-        for s in sentences(PUBLIC[n])
-        if YEAR.search(s) and not s.startswith("Source: ") and s not in source(n)
+# Widths and cells
+
+
+def wide(place, text):
+    "Lines that are too wide. A row of a table and a line that is one word cannot be broken."
+    for number, line in enumerate(text.split("\n"), 1):
+        if len(line) > WIDTH and not line.startswith("|") and len(line.split()) > 1:
+            yield f"{place}:{number}: {len(line)}"
+
+
+def sources(notebook):
+    return [(n, c, "".join(c["source"])) for n, c in enumerate(json.loads(notebook.read_text())["cells"])]
+
+
+def test_no_line_is_wide():
+    folders = [ROOT / "kslottery", ROOT / "tests", ROOT / "benchmarks", ROOT / "nbs"]
+    files = [p for f in folders for p in f.glob("*.py") if p.name != "_modidx.py"] + [ROOT / "setup.py"]
+    files += [ROOT / n for n in ("Makefile", "pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+    bad = [w for path in files for w in wide(path.relative_to(ROOT), path.read_text())]
+    for notebook in NOTEBOOKS:
+        for number, _, source in sources(notebook):
+            bad += wide(f"{notebook.relative_to(ROOT)} cell {number}", source)
+    none(f"lines over {WIDTH} columns", bad)
+
+
+def test_no_rule_of_width_is_switched_off():
+    off = r"fmt: ?(skip|off)|noqa:[^\n]*E501"
+    bad = [
+        p.name
+        for p in (ROOT / "tests").glob("*.py")
+        if p.name != "test_docstrings.py" and re.search(off, p.read_text())
     ]
-    assert not loose, listed("begin these with Source:", loose)
+    bad += [n.name for n in NOTEBOOKS if re.search(off, n.read_text())]
+    assert not bad and "E501" not in (ROOT / "pyproject.toml").read_text()
 
 
-def source(name):
-    "What a docstring says about where something comes from, to the end of the paragraph."
-    found = re.search(r"(?:^|(?<=[.;] ))Source: (.+)", PUBLIC[name], re.M)
-    return found[0] if found else ""
+def lines_of_code(source):
+    "How many lines of a cell are code: no blank line, no directive, no docstring."
+    said = set()
+    for node in ast.walk(ast.parse(source)):
+        first = node.body[0] if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            said |= {*range(first.lineno, first.end_lineno + 1)}
+    lines = enumerate(source.split("\n"), 1)
+    return sum(bool(line.strip()) and not line.startswith("#|") and n not in said for n, line in lines)
 
 
-def test_the_rules_see_what_is_in_the_code():
-    "Through private helpers, methods, tables and other modules."
-    assert arrays("ks.ks_scan") == {"before", "after"} and arrays("tuning.partial_tune") == {"ids"} and arrays("data.load_pairs") == set()
-    assert errors_of("checkpoints.scan_all") == {"ValueError", "TypeError", "FileNotFoundError"} and errors_of("evaluation.get_metric") >= {"ImportError"}
-    assert errors_of("core.cache_dir") == set() and "FileExistsError" in errors_of("ticket.Ticket.save")
-    assert stated("tuning.embed_tune") == {"ValueError"} and stated("core.cache_dir") == set()
+def exports():
+    "The exported cells: (where, source)."
+    for path in rooms().values():
+        for number, cell, source in sources(path):
+            if cell["cell_type"] == "code" and re.search(r"^#\| ?exporti?\b", source, re.M):
+                yield f"{path.name} cell {number}", source
 
 
-THINGS = {f"{module}.{name}": thing for module, name, thing in exported()}
+def test_exported_cells_are_short():
+    long = [f"{place}: {lines_of_code(source)}" for place, source in exports() if lines_of_code(source) > MOST_LINES]
+    none(f"more than {MOST_LINES} lines of code", long)
 
 
-def thing_of(name):
-    return THINGS[name]
+def test_lines_of_code():
+    assert lines_of_code('#| export\ndef f():\n    """One.\n\n    Two.\n    """\n\n    return 1  # three\n# four') == 3
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_class_is_put_together_from_outside(module):
+    "No @patch, and nothing is assigned to a class after it was made."
+    tree = ast.parse((ROOT / "kslottery" / f"{module}.py").read_text())
+    classes = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert "patch" not in [ast.unparse(d).split("(")[0] for d in node.decorator_list], node.name
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in getattr(node, "targets", None) or [node.target]:
+                owner = getattr(getattr(target, "value", None), "id", "") if isinstance(target, ast.Attribute) else ""
+                assert owner not in classes, ast.unparse(node)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
+            assert getattr(node.args[0], "id", "") not in classes, ast.unparse(node)
+
+
+# The rules see what is in the code
+
+
+def example(ids: "np.ndarray", n: int = 1) -> list[int]:  # noqa: F821
+    """One sentence.
+
+    More.
+
+    Parameters
+    ----------
+    ids : array of shape (k,), int64
+        Which rows.
+
+        * a list
+    n : int, default 1
+        How often.
+
+    Returns
+    -------
+    list of int
+        The ids.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    raise ValueError
+
+
+def test_a_docstring_is_taken_apart():
+    assert [*parts(example)] == ["", "Parameters", "Returns", "Raises"]
+    assert described(example, "Parameters") == [
+        ("ids", "array of shape (k,), int64", "Which rows.\n\n* a list"),
+        ("n", "int, default 1", "How often."),
+    ]
+    assert entries(parts(example)["Raises"]) == [("ValueError", "", "If there is none.")]
+    assert returned(example) == "list[int]" and [p.name for p in parameters(example)] == ["ids", "n"]
+    assert typing.get_origin(example.__annotations__["return"]) is list
+
+
+def test_errors_are_found_through_helpers_methods_and_tables():
+    assert "ValueError" in can_raise("ks_scan") and can_raise("cache_dir") == set()
