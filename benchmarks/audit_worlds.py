@@ -1,8 +1,12 @@
-"""The audit in two worlds with a known answer, over seeds: the tutorial "Is the ticket real?" at its own settings and at the quickstart's rates.
+"""The audit in two worlds with a known answer, over seeds.
 
-python benchmarks/audit_worlds.py [--seeds 0 1 2] [--runs runs/audit_worlds] [--out benchmarks/results/audit_worlds.json]
+The tutorial "Is the ticket real?" at its own settings and at the quickstart's rates.
 
-A seed that does not come out as its world was built is kept, with its numbers. A run that is in the folder already is taken over.
+python benchmarks/audit_worlds.py [--seeds 0 1 2] [--runs runs/audit_worlds]
+                                  [--out benchmarks/results/audit_worlds.json]
+
+A seed that does not come out as its world was built is kept, with its numbers. A run that is in the folder already is
+taken over.
 """
 
 import argparse
@@ -24,10 +28,15 @@ def run(tutorial: str, seed: int, folder: Path, **settings) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         parameters = {"seed": seed, "out": str(folder.resolve()), **settings}
         notebook = f"{tutorial}.ipynb"
-        papermill.execute_notebook(str(TUTORIALS / notebook), str(folder / notebook), parameters, kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(
+            str(TUTORIALS / notebook), str(folder / notebook), parameters, kernel_name="python3", progress_bar=False
+        )
     found = json.loads((folder / "results.json").read_text())
     if (found["seed"], found["fast"]) != (seed, False) or any(found["settings"][k] != v for k, v in settings.items()):
-        raise ValueError(f"{folder} holds another run (seed {found['seed']}, fast: {found['fast']}, {found['settings']}): name another folder")
+        raise ValueError(
+            f"{folder} holds another run (seed {found['seed']}, fast: {found['fast']}, {found['settings']}): "
+            "name another folder"
+        )
     return found
 
 
@@ -51,8 +60,13 @@ def main():
         for seed in args.seeds:
             runs.append(run("audit", seed, args.runs / f"{name.replace(' ', '_')}_seed{seed}", **settings))
             for world, r in runs[-1]["worlds"].items():
-                numbers = {"stopping": r["decomposition"]["share"], **{c: r["recoveries"][f"only_{c}"] for c in CHANNELS}}
-                said = ", ".join(f"{k} {'unknown' if v['value'] is None else round(v['value'], 2)}" for k, v in numbers.items())
+                numbers = {
+                    "stopping": r["decomposition"]["share"],
+                    **{c: r["recoveries"][f"only_{c}"] for c in CHANNELS},
+                }
+                said = ", ".join(
+                    f"{k} {'unknown' if v['value'] is None else round(v['value'], 2)}" for k, v in numbers.items()
+                )
                 built = "as built" if all(r["as_built"].values()) else "NOT as built"
                 print(f"{name}, {world} world, seed {seed}: {r['verdict']}; {said}; {built}", flush=True)
         results[name] = collect(runs)

@@ -1,15 +1,18 @@
 """Many tickets over one model: cost per request against merged models and LoRA adapters, in one process, interleaved.
 
-python benchmarks/bench_bank.py [--hidden 512] [--layers 8] [--vocabulary 32000] [--requests 32] [--repeats 3] [--out benchmarks/results/bank.json]
+python benchmarks/bench_bank.py [--hidden 512] [--layers 8] [--vocabulary 32000] [--requests 32] [--repeats 3]
+                                [--out benchmarks/results/bank.json]
 
-A random Llama and random rows: the time does not depend on what they say. On a CPU one thread works, and its own processor time counts, so that other
-work on a shared machine does not; the ratios of one run are what to quote. Two mixes: every request with a ticket of its own (the worst case for all
-that is switched), and a ticket for every four requests.
+A random Llama and random rows: the time does not depend on what they say. On a CPU one thread works, and its own
+processor time counts, so that other work on a shared machine does not; the ratios of one run are what to quote. Two
+mixes: every request with a ticket of its own (the worst case for all that is switched), and a ticket for every four
+requests.
 
-The ways: "bank" runs one batch, each request with its ticket; "base, one batch" is the plain model on that batch, the floor; "tickets in turn" and
-"merged models" run a batch for each ticket, with the rows applied and with a merged copy (made outside the clock; two models are in memory at a time);
-"LoRA in turn" switches PEFT adapters and "LoRA, mixed batch" is PEFT's one batch with `adapter_names` (rank 8 on queries and values).
-The bank, the tickets in turn and the merged models must give the same tokens, or there is no ratio; so must the two LoRA ways.
+The ways: "bank" runs one batch, each request with its ticket; "base, one batch" is the plain model on that batch, the
+floor; "tickets in turn" and "merged models" run a batch for each ticket, with the rows applied and with a merged copy
+(made outside the clock; two models are in memory at a time); "LoRA in turn" switches PEFT adapters and "LoRA, mixed
+batch" is PEFT's one batch with `adapter_names` (rank 8 on queries and values). The bank, the tickets in turn and the
+merged models must give the same tokens, or there is no ratio; so must the two LoRA ways.
 """
 
 import argparse
@@ -26,20 +29,29 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kslottery.bank import TicketBank
+from kslottery import TicketBank, TunedRows
 from kslottery.core import write_json
-from kslottery.rows import TunedRows
 
 
 def built(args):
-    "The frozen model, a ticket for each request (the same ids, rows of its own), and the prompts of one batch, in which the ids occur."
+    "The frozen model, a ticket for each request (one set of ids, rows of its own), and prompts in which the ids occur."
     torch.manual_seed(0)
-    shape = dict(hidden_size=args.hidden, intermediate_size=int(2.6875 * args.hidden), num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=args.vocabulary, initializer_range=0.05, tie_word_embeddings=False, **shape))
+    shape = dict(
+        hidden_size=args.hidden,
+        intermediate_size=int(2.6875 * args.hidden),
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+    )
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=args.vocabulary, initializer_range=0.05, tie_word_embeddings=False, **shape)
+    )
     model = model.to(args.device, torch.float32).eval().requires_grad_(False)
-    prompts, ids = torch.randint(3, args.vocabulary, (args.requests, args.prompt)), torch.randperm(args.vocabulary)[: args.rows]
+    prompts, ids = (
+        torch.randint(3, args.vocabulary, (args.requests, args.prompt)),
+        torch.randperm(args.vocabulary)[: args.rows],
+    )
     prompts[:, -args.rows :] = ids[-args.prompt :]  # the template, shared by all
-    own = TunedRows.of(model, ids).rows.detach()
+    own = TunedRows.of(model, ids).weight.detach()
     tickets = {f"t{n}": TunedRows(ids, own + 0.05 * torch.randn(own.shape).to(own)) for n in range(args.requests)}
     return model, TicketBank(model, tickets), prompts.to(args.device)
 
@@ -87,13 +99,13 @@ def compare(model, bank, adapted, prompts, names, args):
 
     def applied(name):
         def run(who):
-            with bank.tickets[name].applied(model):
+            with bank.rows[name].applied(model):
                 return generate(model, who)
 
         return run
 
     def merged(name):
-        own = bank.tickets[name].merged(model)
+        own = bank.rows[name].write(copy.deepcopy(model))
         return lambda who: generate(own, who)
 
     def switched(name):
@@ -117,12 +129,16 @@ def compare(model, bank, adapted, prompts, names, args):
         for name, way in ways.items():
             seconds, texts[name] = way()
             times[name].append(seconds)
-    assert torch.equal(texts["bank"], texts["tickets in turn"]) and torch.equal(texts["bank"], texts["merged models"]), "the texts differ: no ratio"
+    assert torch.equal(texts["bank"], texts["tickets in turn"]) and torch.equal(
+        texts["bank"], texts["merged models"]
+    ), "the texts differ: no ratio"
     assert torch.equal(texts["LoRA in turn"], texts["LoRA, mixed batch"])
     return {
         "requests": len(names),
         "tickets": len(groups),
-        "time_relative_to_bank": {name: float(np.median(np.array(t) / np.array(times["bank"]))) for name, t in times.items()},
+        "time_relative_to_bank": {
+            name: float(np.median(np.array(t) / np.array(times["bank"]))) for name, t in times.items()
+        },
         "seconds_per_request": {name: float(np.median(t)) / len(names) for name, t in times.items()},
         "requests_with_another_text_than_the_base": int((texts["bank"] != texts["base, one batch"]).any(1).sum()),
     }
@@ -130,7 +146,9 @@ def compare(model, bank, adapted, prompts, names, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in dict(hidden=512, layers=8, vocabulary=32000, requests=32, rows=18, prompt=48, new=8, repeats=3).items():
+    for name, value in dict(
+        hidden=512, layers=8, vocabulary=32000, requests=32, rows=18, prompt=48, new=8, repeats=3
+    ).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path)
@@ -138,10 +156,13 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers by a name that is going away
     torch.set_num_threads(1)
     model, bank, prompts = built(args)
-    names = list(bank.tickets)
+    names = list(bank.rows)
     adapted = with_lora(model, names)
     with torch.inference_mode():
-        comparisons = [compare(model, bank, adapted, prompts, mix, args) for mix in (names, [names[n // 4] for n in range(len(names))])]
+        comparisons = [
+            compare(model, bank, adapted, prompts, mix, args)
+            for mix in (names, [names[n // 4] for n in range(len(names))])
+        ]
     result = {
         "machine": platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(),
         "cpus": os.cpu_count(),
@@ -155,13 +176,25 @@ def main():
             "a ticket": args.rows * args.hidden,
         },
     }
-    print(f"Llama shape {args.hidden} x {args.layers}, V = {args.vocabulary}, fp32, {result['machine']}, {result['threads']} threads")
+    print(
+        f"Llama shape {args.hidden} x {args.layers}, V = {args.vocabulary}, fp32, {result['machine']}, "
+        f"{result['threads']} threads"
+    )
     for c in comparisons:
         print(f"\n{c['requests']} requests, {c['tickets']} tickets, time per request relative to the bank's:")
         for name, ratio in c["time_relative_to_bank"].items():
             print(f"  {name:20s}{ratio:8.2f}")
-    print("\nnumbers to keep for each: " + ", ".join(f"{k} {v:,}" for k, v in result["numbers_to_keep_for_each"].items()))
-    print(json.dumps({f"{c['tickets']} tickets": {k: round(v, 2) for k, v in c["time_relative_to_bank"].items()} for c in comparisons}))
+    print(
+        "\nnumbers to keep for each: " + ", ".join(f"{k} {v:,}" for k, v in result["numbers_to_keep_for_each"].items())
+    )
+    print(
+        json.dumps(
+            {
+                f"{c['tickets']} tickets": {k: round(v, 2) for k, v in c["time_relative_to_bank"].items()}
+                for c in comparisons
+            }
+        )
+    )
     if args.out:
         write_json(args.out, result)
 

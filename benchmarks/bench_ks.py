@@ -2,9 +2,9 @@
 
 python benchmarks/bench_ks.py [--rows 32000] [--columns 4096] [--repeats 3] [--out benchmarks/results/ks.json]
 
-A scipy loop over all rows would take minutes, so it runs on a sample of them and is scaled up. Times on a shared machine
-are noise; the ratios of one run are what to quote. Two kinds of rows: "independent" moves of every row (nothing is settled
-early) and "tuned" ones (90% of the rows untouched, as after a fine-tuning).
+A scipy loop over all rows would take minutes, so it runs on a sample of them and is scaled up. Times on a shared
+machine are noise; the ratios of one run are what to quote. Two kinds of rows: "independent" moves of every row (nothing
+is settled early) and "tuned" ones (90% of the rows untouched, as after a fine-tuning).
 """
 
 import argparse
@@ -30,7 +30,9 @@ def rows(kind, V, d, seed=0):
     after = before.copy()
     moved = np.arange(V) if kind == "independent" else rng.choice(V, V // 10, replace=False)
     for i in np.array_split(moved, max(1, len(moved) // 1000)):
-        after[i] = before[i] * rng.uniform(0.85, 1.25, (len(i), 1)).astype(np.float32) + np.float32(0.002) * rng.standard_normal((len(i), d), dtype=np.float32)
+        after[i] = before[i] * rng.uniform(0.85, 1.25, (len(i), 1)).astype(np.float32) + np.float32(
+            0.002
+        ) * rng.standard_normal((len(i), d), dtype=np.float32)
     return before, after
 
 
@@ -48,7 +50,14 @@ def scipy_loop(before, after, sample):
 
 def anonymous():
     "Anonymous memory of this process in MB."
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")).split()[1]) / 1024
+    return (
+        int(
+            next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+            ).split()[1]
+        )
+        / 1024
+    )
 
 
 def peak_extra(function):
@@ -73,7 +82,9 @@ def compare(kind, V, d, repeats, sample=200):
     before, after = rows(kind, V, d)
     ways = {
         "read both (floor)": lambda: (before.sum(), after.sum()),
-        "np.sort both (floor)": lambda: [np.sort(m[i : i + 256], axis=1) for m in (before, after) for i in range(0, V, 256)],
+        "np.sort both (floor)": lambda: [
+            np.sort(m[i : i + 256], axis=1) for m in (before, after) for i in range(0, V, 256)
+        ],
         "exact D and p, all rows": lambda: ks_scan(before, after),
         "the ticket only": lambda: ks_scan(before, after, decide=0.05),
     }
@@ -87,7 +98,14 @@ def compare(kind, V, d, repeats, sample=200):
     exact = [stats.ks_2samp(before[i], after[i]).statistic for i in range(0, V, max(1, V // 50))]
     assert ks_scan(before, after).statistic[:: max(1, V // 50)].tolist() == exact  # the same numbers, or no ratio
     extra = {name: peak_extra(ways[name]) for name in ("exact D and p, all rows", "the ticket only")}
-    return {"kind": kind, "V": V, "d": d, "ratio_to_scipy_loop": ratios, "seconds": {n: float(np.median(t)) for n, t in times.items()}, "peak_extra_MB": extra}
+    return {
+        "kind": kind,
+        "V": V,
+        "d": d,
+        "ratio_to_scipy_loop": ratios,
+        "seconds": {n: float(np.median(t)) for n, t in times.items()},
+        "peak_extra_MB": extra,
+    }
 
 
 def on_gpu(V, d, repeats):
@@ -101,7 +119,12 @@ def on_gpu(V, d, repeats):
     ks_scan(a[:64], b[:64])
     pairs = [(clock(lambda: ks_scan(before, after)), clock(lambda: ks_scan(a, b))) for _ in range(repeats)]
     assert np.array_equal(ks_scan(a, b).statistic, ks_scan(before, after).statistic)
-    return {"device": torch.cuda.get_device_name(), "V": V, "d": d, "ratio_to_cpu_engine": float(np.median([c / g for c, g in pairs]))}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "V": V,
+        "d": d,
+        "ratio_to_cpu_engine": float(np.median([c / g for c, g in pairs])),
+    }
 
 
 def growth(V, d, repeats):
@@ -110,7 +133,13 @@ def growth(V, d, repeats):
     for v, w in [(V // 8, d), (V // 4, d), (V // 2, d), (V // 4, d // 16), (V // 4, d // 4), (V // 4, d * 2)]:
         before, after = rows("independent", v, w)
         ks_scan(before[:64], after[:64])
-        sweep.append({"V": v, "d": w, "seconds": float(np.median([clock(lambda b=before, a=after: ks_scan(b, a)) for _ in range(repeats)]))})
+        sweep.append(
+            {
+                "V": v,
+                "d": w,
+                "seconds": float(np.median([clock(lambda b=before, a=after: ks_scan(b, a)) for _ in range(repeats)])),
+            }
+        )
     return sweep
 
 
@@ -130,7 +159,9 @@ def main():
         "gpu": on_gpu(args.rows, args.columns, args.repeats),
     }
     for c in result["comparisons"]:
-        print(f"\n{c['V']} x {c['d']} fp32, {c['kind']} rows, {result['threads']} threads, times as fast as a scipy loop:")
+        print(
+            f"\n{c['V']} x {c['d']} fp32, {c['kind']} rows, {result['threads']} threads, times as fast as a scipy loop:"
+        )
         for name, ratio in c["ratio_to_scipy_loop"].items():
             extra = f"   {c['peak_extra_MB'][name]:.0f} MB extra" if name in c["peak_extra_MB"] else ""
             print(f"  {name:28s}{ratio:8.1f}{extra}")

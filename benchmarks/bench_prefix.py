@@ -1,10 +1,10 @@
-"""One training step of row tuning with the template's prefix run once per batch, against the same step without: ratio of time.
+"""A step of row tuning with the template's prefix run once per batch, against the same step without: ratio of time.
 
 python benchmarks/bench_prefix.py [--repeats 5] [--out benchmarks/results/prefix.json]
 
-The model of bench_step.py at V = 32,000; batches of 8 and 32, 60-70 tokens of prompt, of which the first 30, 37 or 45 are the same in all examples,
-and 20-30 of target.
-Both variants take turns on the same batches; a ratio is the median over the rounds. Time is processor time: use one thread (OMP_NUM_THREADS=1).
+The model of bench_step.py at V = 32,000; batches of 8 and 32, 60-70 tokens of prompt, of which the first 30, 37 or 45
+are the same in all examples, and 20-30 of target. Both variants take turns on the same batches; a ratio is the median
+over the rounds. Time is processor time: use one thread (OMP_NUM_THREADS=1).
 """
 
 import argparse
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from bench_step import SMALL, TICKET, build, examples
 
+from kslottery import TunedRows
 from kslottery.core import write_json
 from kslottery.data import collate
-from kslottery.rows import TunedRows
-from kslottery.tuning import _Wrapped
+from kslottery.training import _Learner
 
 V = 32000
 
@@ -30,15 +30,15 @@ def compare(model, size, prefix, repeats):
     for e in data:
         e.ids[:prefix] = data[0].ids[:prefix]
     rows = TunedRows.of(model, np.arange(5, 5 + TICKET))
-    learners = {share: _Wrapped(model, rows, share) for share in (False, True)}
+    learners = {share: _Learner(model, rows, share) for share in (False, True)}
     seconds, losses, gradients = ({share: [] for share in learners} for _ in range(3))
     with rows.applied(model):
         for i in range(0, len(data), size):
             batch = collate(data[i : i + size], 0)
             for share, learner in learners.items():
                 start = time.process_time()
-                loss = learner(**batch)["loss"]
-                gradients[share].append(torch.autograd.grad(loss, rows.rows)[0])
+                loss = learner(**batch)
+                gradients[share].append(torch.autograd.grad(loss, rows.weight)[0])
                 seconds[share].append(time.process_time() - start)
                 losses[share].append(float(loss.detach()))
     ratios = np.array(seconds[True][1:]) / seconds[False][1:]  # the first is a warm-up
@@ -64,10 +64,17 @@ def main():
             c = compare(model, size, prefix, args.repeats)
             low, high = c["time_ratio_range"]
             difference = f"gradients differ by {c['gradient_difference']:.0e}"
-            print(f"batch {size:2}, prefix {prefix}: time {c['time_ratio']:.2f} ({low:.2f} to {high:.2f}) of the step without, {difference}", flush=True)
+            ratio = f"time {c['time_ratio']:.2f} ({low:.2f} to {high:.2f}) of the step without"
+            print(f"batch {size:2}, prefix {prefix}: {ratio}, {difference}", flush=True)
             comparisons.append(c)
     if args.out:
-        about = {"threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__, "V": V, "shape": SMALL}
+        about = {
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "V": V,
+            "shape": SMALL,
+        }
         write_json(args.out, about | {"comparisons": comparisons})
 
 

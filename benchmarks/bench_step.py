@@ -1,12 +1,19 @@
-"""One training step of row tuning against PEFT's TrainableTokens, LoRA, a dense embedding and full fine-tuning: ratios of time and peak memory.
+"""A step of row tuning against PEFT's TrainableTokens, LoRA, a dense embedding and full fine-tuning: time and memory.
 
 python benchmarks/bench_step.py [--vocabularies 32000,128256] [--repeats 5] [--out benchmarks/results/step.json]
 
-A random Llama of hidden size 512 and 8 layers, untied, fp32; batches of 8 sentences, 60-70 tokens of prompt and 20-30 of target, right-padded.
-All variants live in one process and take turns, so that a busy machine hits all alike; a ratio is the median over the rounds. Time is processor time,
-which waiting for other processes does not inflate; with one thread (OMP_NUM_THREADS=1) it is what a step takes on a quiet machine. The wall clock is
-stored too. Peak memory is that of a process of its own, which builds one model and takes two steps: all of it, libraries included, and what is above
-the libraries. On a machine with CUDA a random Llama of the 7B shape in bf16 follows.
+A random Llama of hidden size 512 and 8 layers, untied, fp32; batches of 8 sentences, 60-70 tokens of prompt and 20-30
+of target, right-padded. All variants live in one process and take turns, so that a busy machine hits all alike; a ratio
+is the median over the rounds. Time is processor time, which waiting for other processes does not inflate; with one
+thread (OMP_NUM_THREADS=1) it is what a step takes on a quiet machine. The wall clock is stored too. Peak memory is that
+of a process of its own, which builds one model and takes two steps: all of it, libraries included, and what is above
+the libraries. (It is read from the process, not from its parent's account: a child that has just been started counts
+its parent's memory as its own peak there.)
+
+The whole method is measured too: the peak memory of `find_ticket` on a model of 100 million parameters, half of them
+in its embeddings, against Embed Tuning alone. A copy of the model would show.
+
+On a machine with CUDA a random Llama of the 7B shape in bf16 follows.
 """
 
 import argparse
@@ -22,12 +29,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from kslottery import Recipe, TunedRows, embed_tune, find_ticket
 from kslottery.core import write_json
-from kslottery.data import Example, collate
-from kslottery.rows import TunedRows
-from kslottery.tuning import _Wrapped, active_ids
+from kslottery.data import Example, Pair, Prompt, collate, encode_all
+from kslottery.training import _Learner
 
 PEER = "PEFT TrainableTokens"
 VARIANTS = (
@@ -44,14 +52,24 @@ VARIANTS = (
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # else a bf16 product takes tens of times the fp32 one
 TICKET = 18  # rows that learn: as many as the paper's smallest ticket has
 SMALL = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
+MIDDLE = dict(
+    hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10
+)  # 101M at V = 40,000
 LARGE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)  # 7B
+
+
+def active(data):
+    "The token ids that occur: the rows that Embed Tuning trains."
+    return sorted({i for example in data for i in example.ids})
 
 
 def build(V, shape, dtype=torch.float32, device="cpu"):
     "A random Llama, the same for the same V and shape."
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=V, tie_word_embeddings=False, pad_token_id=0, **shape), dtype=dtype)
+        return AutoModelForCausalLM.from_config(
+            LlamaConfig(vocab_size=V, tie_word_embeddings=False, pad_token_id=0, **shape), dtype=dtype
+        )
 
 
 def examples(V, n, seed=0):
@@ -83,15 +101,15 @@ def stepper(name, V, shape, data, device="cpu", base=torch.float32):
     elif name == PEER:
         model = get_peft_model(model, TrainableTokensConfig(token_indices=ticket.tolist(), task_type="CAUSAL_LM"))
     elif "tuning" in name and name != "full fine-tuning":
-        rows = TunedRows.of(model, active_ids(data) if name == "embed tuning" else ticket)
+        rows = TunedRows.of(model, active(data) if name == "embed tuning" else ticket)
         context.enter_context(rows.applied(model))
-    learner = _Wrapped(model, rows)
+    learner = _Learner(model, rows)
     learner.lean = learner.lean and (rows is not None or name.endswith("targets"))  # the peers keep the plain loss
     parameters = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
 
     def step(batch):
-        loss = learner(**batch)["loss"]
+        loss = learner(**batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -108,22 +126,76 @@ def batches(data, device="cpu"):
 
 def high_water():
     "Peak resident memory of this process in MB."
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return (
+        int(
+            next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+            ).split()[1]
+        )
+        / 1024
+    )
 
 
-def peak(name, V):
-    "In a process of its own: (MB above the libraries, MB in all)."
+def peak(work):
+    "Of some code in a process of its own: (MB above the libraries, MB in all)."
     code = "import sys; sys.path.insert(0, 'benchmarks'); import bench_step as b; start = b.high_water(); "
-    code += f"b.take_steps({name!r}, {V}); end = b.high_water(); print(end - start, end)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parent.parent)
+    code += f"b.{work}; end = b.high_water(); print(end - start, end)"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
     return [float(x) for x in said.stdout.split()[-2:]]
 
 
 def take_steps(name, V):
-    "Two steps, the second with AdamW's moments in place; in bf16 one, since there the moments are those of a few rows and a CPU without bf16 units is slow."
+    """Two steps, the second with AdamW's moments in place.
+
+    In bf16 one: there the moments are those of a few rows, and a CPU without bf16 units is slow.
+    """
     data = examples(V, 8 if "bf16" in name else 16)
     step = stepper(name, V, SMALL, data)
     return [step(batch) for batch in batches(data)]
+
+
+def words(V):
+    "A tokenizer of V words, w0, w1, ..."
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "=", *(f"w{i}" for i in range(4, V))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def whole_method(what, V=40000):
+    "Embed Tuning alone, or `find_ticket`, of 16 sentences on a model of 100 million parameters."
+    rng, sentence = np.random.default_rng(0), lambda n: " ".join(f"w{i}" for i in rng.integers(4, V, n))
+    pairs = [Pair(str(i), sentence(20), sentence(20)) for i in range(16)]
+    model, tokenizer, prompt = build(V, MIDDLE).eval(), words(V), Prompt("{source} = {target}")
+    recipe = Recipe(lr_embed=1e-2, epochs_embed=2, epochs_partial=2, batch_size=8, progress=False)
+    if what == "embed tuning":
+        assert len(embed_tune(model, encode_all(tokenizer, prompt, pairs), recipe)) > 500
+    else:
+        ticket = find_ticket(model, tokenizer, pairs, prompt, recipe=recipe)
+        assert len(ticket.rows) == len(ticket.ids) > 0 and len(ticket.scan.statistic) == V
+    return sum(p.numel() for p in model.parameters())
+
+
+def memory_of_the_method():
+    "Peak memory of `find_ticket` against Embed Tuning alone."
+    found = {what: peak(f"whole_method({what!r})") for what in ("embed tuning", "find_ticket")}
+    (above, whole), (all_above, all_whole) = found.values()
+    return {
+        "V": 40000,
+        "shape": MIDDLE,
+        "embed_tuning_peak_MB": whole,
+        "find_ticket_peak_MB": all_whole,
+        "ratio": all_whole / whole,
+        "ratio_above_libraries": all_above / above,
+        "limit": 1.15,
+    }
 
 
 def compare(V, repeats):
@@ -141,9 +213,16 @@ def compare(V, repeats):
     del steps
     gc.collect()
     seconds = {name: np.array(s[1:]) for name, s in seconds.items()}  # the first is a warm-up
-    memory = {name: peak(name, V) for name in VARIANTS}
+    memory = {name: peak(f"take_steps({name!r}, {V})") for name in VARIANTS}
     share = float(np.mean([(b["labels"] != -100).float().mean() for b in batches(data)]))
-    result = {"V": V, "shape": SMALL, "rows": TICKET, "active_rows": len(active_ids(data)), "positions_with_a_loss": share, "variants": {}}
+    result = {
+        "V": V,
+        "shape": SMALL,
+        "rows": TICKET,
+        "active_rows": len(active(data)),
+        "positions_with_a_loss": share,
+        "variants": {},
+    }
     for name in VARIANTS:
         result["variants"][name] = {
             "peak_ratio_to_peft": memory[name][1] / memory[PEER][1],
@@ -158,7 +237,9 @@ def compare(V, repeats):
                 "loss_difference_to_peft": float(np.max(np.abs(np.array(losses[name]) / losses[PEER] - 1))),
             }
     result["embed_tuning_time_to_dense"] = float(np.median(seconds["embed tuning"] / seconds["dense embedding"]))
-    result["embed_tuning_time_to_dense_same_loss"] = float(np.median(seconds["embed tuning"] / seconds["dense embedding, loss at targets"]))
+    result["embed_tuning_time_to_dense_same_loss"] = float(
+        np.median(seconds["embed tuning"] / seconds["dense embedding, loss at targets"])
+    )
     return result
 
 
@@ -166,7 +247,10 @@ def on_gpu(repeats, V=32000):
     "The 7B shape in bf16, one variant after the other: median time of a step and peak memory of the device."
     if not torch.cuda.is_available():
         return None
-    data, result = examples(V, 8 * (repeats + 2)), {"device": torch.cuda.get_device_name(), "V": V, "shape": LARGE, "variants": {}}
+    data, result = (
+        examples(V, 8 * (repeats + 2)),
+        {"device": torch.cuda.get_device_name(), "V": V, "shape": LARGE, "variants": {}},
+    )
     for name in ("LoRA", PEER, "partial tuning"):
         step = stepper(name, V, LARGE, data, "cuda", torch.bfloat16)
         torch.cuda.reset_peak_memory_stats()
@@ -177,7 +261,10 @@ def on_gpu(repeats, V=32000):
             step(batch)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-        result["variants"][name] = {"seconds": float(np.median(seconds[2:])), "peak_MB": torch.cuda.max_memory_allocated() / 2**20}
+        result["variants"][name] = {
+            "seconds": float(np.median(seconds[2:])),
+            "peak_MB": torch.cuda.max_memory_allocated() / 2**20,
+        }
         del step
         gc.collect()
         torch.cuda.empty_cache()
@@ -195,7 +282,9 @@ def figure(result, path):
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, key, title in zip(axes, ("time_ratio_to_peft", "peak_ratio_to_peft"), ("time of a step", "peak memory of the process")):
+    for axis, key, title in zip(
+        axes, ("time_ratio_to_peft", "peak_ratio_to_peft"), ("time of a step", "peak memory of the process")
+    ):
         for j, c in enumerate(result["comparisons"]):
             values = [c["variants"][name].get(key, np.nan) for name in VARIANTS]
             bars = axis.barh(np.arange(len(VARIANTS)) + 0.4 * j, values, 0.38, label=f"V = {c['V']:,}")
@@ -222,22 +311,34 @@ def main():
         "bf16_units": bool(BF16),
         "batch": "8 sentences, 60-70 tokens of prompt, 20-30 of target",
         "comparisons": [compare(int(V), args.repeats) for V in args.vocabularies.split(",")],
+        "find_ticket_memory": memory_of_the_method(),
         "gpu": on_gpu(args.repeats),
     }
     for c in result["comparisons"]:
-        print(f"\nV = {c['V']}, {result['threads']} threads, {c['positions_with_a_loss']:.0%} of positions have a loss; relative to {PEER}:")
+        share = f"{c['positions_with_a_loss']:.0%} of positions have a loss"
+        print(f"\nV = {c['V']}, {result['threads']} threads, {share}; relative to {PEER}:")
         for name, v in c["variants"].items():
             memory = f"peak {v['peak_ratio_to_peft']:5.2f} ({v['peak_MB']:5.0f} MB)"
-            speed = f"time {v['time_ratio_to_peft']:5.2f}   loss {v['loss_difference_to_peft']:.0e}" if "seconds" in v else "time not measured: no bf16 units"
+            speed = (
+                f"time {v['time_ratio_to_peft']:5.2f}   loss {v['loss_difference_to_peft']:.0e}"
+                if "seconds" in v
+                else "time not measured: no bf16 units"
+            )
             print(f"  {name:34s} {memory}   {speed}")
         dense, same = c["embed_tuning_time_to_dense"], c["embed_tuning_time_to_dense_same_loss"]
         print(f"  embed tuning takes {dense:.2f} of the dense embedding's time ({same:.2f} with the same loss)")
     print(json.dumps({"gpu": result["gpu"]}))
+    m = result["find_ticket_memory"]
+    peaks = f"{m['find_ticket_peak_MB']:.0f} MB, Embed Tuning alone {m['embed_tuning_peak_MB']:.0f} MB"
+    print(f"peak memory of find_ticket: {peaks}; ratio {m['ratio']:.3f} (limit {m['limit']})")
     if args.out:
         write_json(args.out, result)
         figure(result, args.out.with_suffix(".png"))
     ours = [(c["V"], c["variants"]["partial tuning"]) for c in result["comparisons"]]
-    print("partial tuning against PEFT: " + "; ".join(f"V = {V}, time {o['time_ratio_to_peft']:.2f}, peak {o['peak_ratio_to_peft']:.2f}" for V, o in ours))
+    print(
+        "partial tuning against PEFT: "
+        + "; ".join(f"V = {V}, time {o['time_ratio_to_peft']:.2f}, peak {o['peak_ratio_to_peft']:.2f}" for V, o in ours)
+    )
 
 
 if __name__ == "__main__":

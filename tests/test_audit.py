@@ -1,87 +1,115 @@
-"""The audit: gates that open and shut token for token, arms that are data, a runner that goes on after a kill, and a card that the Hub can read."""
+"""The audit: gates that open and shut token for token, arms that are a table, a runner that goes on after a kill."""
 
+import copy
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, TOY, invoke, kslottery, talker
 from kslottery import audit as audit_module
 from kslottery.audit import (
+    ARMS,
     CHANNELS,
-    TAIL,
     THRESHOLDS,
     Arm,
-    _verdict,
+    AuditSettings,
     audit_ticket,
     count_matched,
-    judge,
     opportunity,
     overlap,
     plan_arms,
-    split_template,
     template_membership,
     template_transfer,
 )
 from kslottery.babel import build_world
 from kslottery.core import load_model
-from kslottery.data import Example, Role, encode_all, get_template, load_pairs
-from kslottery.decomposition import UNKNOWN, Interval, forced_stop
-from kslottery.evaluation import Translation, translate
-from kslottery.ks import Scan, ks_scan
+from kslottery.data import INSTRUCTION, Example, Pair, Prompt, Role, encode_all, load_pairs
+from kslottery.decomposition import Bootstrap, Interval, forced_stop
+from kslottery.evaluation import Generation, Translation, translate
+from kslottery.ks import Scan
+from kslottery.lottery import find_ticket
+from kslottery.plots import plot_audit
 from kslottery.rows import TunedRows
-from kslottery.ticket import Ticket
-from kslottery.tuning import embed_tune, partial_tune
+from kslottery.ticket import Provenance, Ticket
+from kslottery.tuning import Recipe
 
 LANGUAGES = "Aldan-Borel"
+UNKNOWN = Interval(None, None, None)
+ASKED = Prompt("t9 t10 {source} t11 {target}")
+
+
+def with_bos():
+    "A tokenizer of 64 words that puts a BOS before every prompt."
+    special = {0: "<pad>", 1: "<s>", 63: "</s>"}
+    words = Tokenizer(models.WordLevel({special.get(i, f"t{i}"): i for i in range(64)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def sentences(n=5, seed=0):
+    "Random sentences of one to three words."
+    rng = np.random.default_rng(seed)
+    said = lambda: " ".join(f"t{i}" for i in rng.integers(2, 60, rng.integers(1, 4)))
+    return [Pair(str(i), said(), "t5") for i in range(n)]
 
 
 def prompts(n=5, seed=0):
     "Random prompts of all parts: BOS, head, source, tail."
-    rng, made = np.random.default_rng(seed), []
-    for i in range(n):
-        sizes = rng.integers(1, 4, 3)
-        ids = [1, *rng.integers(2, 60, sizes.sum()).tolist()]
-        roles = [0, *np.repeat([1, 2, 1], sizes).tolist()]
-        made.append(Example(str(i), ids, [-100] * len(ids), roles, len(ids)))
-    return split_template(made)
+    made = [e._replace(ids=e.ids[: e.prompt], roles=e.roles[: e.prompt]) for e in encoded(n, seed)]
+    return [e._replace(labels=[-100] * e.prompt) for e in made]
 
 
-def written(model, beams, **choice):
-    return [t.tokens for t in translate(model, TOY, prompts(), num_beams=beams, max_new_tokens=6, batch_size=3, progress=False, **choice)]
+def encoded(n=5, seed=0):
+    return encode_all(with_bos(), ASKED, sentences(n, seed))
+
+
+def written(model, beams, *rows, **gate):
+    "The tokens of some continuations."
+    how = Generation(num_beams=beams, max_new_tokens=6, batch_size=3)
+    done = translate(model, with_bos(), sentences(), ASKED, *rows, generation=how, progress=False, **gate)
+    return [t.tokens for t in done]
+
+
+def merged(rows, model):
+    return rows.write(copy.deepcopy(model))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_gating_nothing_is_the_plain_model_and_gating_all_the_merged_one(kind, beams):
     model, rows = talker(kind), TunedRows(range(60), torch.randn(60, 16, generator=torch.Generator().manual_seed(3)))
-    plain, merged = written(model, beams), written(rows.merged(model), beams)
-    assert written(model, beams, rows=rows, read_by=()) == plain != merged
-    assert written(model, beams, rows=rows, read_by=CHANNELS["everywhere"]) == merged
-    assert written(model, beams, rows=TunedRows.of(model, range(60)), read_by=CHANNELS["source"]) == plain
+    plain, tuned = written(model, beams), written(merged(rows, model), beams)
+    assert written(model, beams, rows, read_by=()) == plain != tuned
+    assert written(model, beams, rows, read_by=CHANNELS["everywhere"]) == tuned
+    assert written(model, beams, TunedRows.of(model, range(60)), read_by=CHANNELS["source"]) == plain
 
 
 def test_each_channel_reads_its_own_positions_and_no_others():
     "Under the cache, every channel equals the model that is given the mixed embeddings, position by position."
     model, rows = talker("llama"), TunedRows(range(60), torch.randn(60, 16, generator=torch.Generator().manual_seed(3)))
-    (prompt,) = prompts(1, seed=2)
-    assert {*prompt.roles} == {0, 1, 2, TAIL}
-    embedding, merged = model.get_input_embeddings().weight, rows.merged(model).get_input_embeddings().weight
-    seen = set()
+    pairs, (prompt,) = sentences(1, seed=2), prompts(1, seed=2)
+    assert {*prompt.roles} == {Role.SPECIAL, Role.HEAD, Role.SOURCE, Role.TAIL}
+    plain, tuned = (m.get_input_embeddings().weight for m in (model, merged(rows, model)))
+    seen, how = set(), dict(generation=Generation(max_new_tokens=5), progress=False)
     for channel, read_by in CHANNELS.items():
-        (done,) = translate(model, TOY, [prompt], rows=rows, read_by=read_by, max_new_tokens=5, progress=False)
+        (done,) = translate(model, with_bos(), pairs, ASKED, rows, read_by=read_by, **how)
         seen.add(done.tokens)
         ids, roles = list(prompt.ids), list(prompt.roles)
         for token in done.tokens:
-            mixed = torch.stack([(merged if r in read_by else embedding)[i] for i, r in zip(ids, roles)])
+            mixed = torch.stack([(tuned if r in read_by else plain)[i] for i, r in zip(ids, roles)])
             with torch.no_grad():
                 assert int(model(inputs_embeds=mixed[None]).logits[0, -1].argmax()) == token, channel
             ids.append(token)
@@ -91,10 +119,14 @@ def test_each_channel_reads_its_own_positions_and_no_others():
 
 def test_the_channels_divide_every_position():
     parts = ("head", "tail", "source", "history")
-    assert sorted(sum((CHANNELS[p] for p in parts), ())) == sorted({*map(int, Role), TAIL})
+    assert sorted(sum((CHANNELS[p] for p in parts), ())) == sorted(Role)
     examples = prompts(20)
     found = opportunity(examples, range(64), [Translation(e.id, "", True, (5, 6, 63)) for e in examples])
-    assert sum(found[p] for p in parts) == pytest.approx(found["everywhere"]) == np.mean([len(e.ids) for e in examples]) + 2
+    assert (
+        sum(found[p] for p in parts)
+        == pytest.approx(found["everywhere"])
+        == np.mean([len(e.ids) for e in examples]) + 2
+    )
     assert found["head"] + found["tail"] == pytest.approx(found["instruction"]) and found["history"] == 2
     assert found["instruction"] + found["source"] == pytest.approx(found["prefill"])
 
@@ -109,29 +141,107 @@ def test_count_matching_takes_the_nearest_and_nobody_twice():
     assert apart < 0.4 and count_matched(counts, ids, pool[:3]).tolist() == [20, 21, 22]
 
 
+ROWS = ("none", "ticket", "noise", "flipped", "embed", "tuned", "embed_tuned", "cut")
+
+
+@pytest.mark.parametrize("name", [*ARMS, "nosie", "", "noise*", "random_rows_2", "one_row_13", "only_everywhere"])
+def test_no_arm_outside_the_table_can_be_made(name):
+    "Every combination of a name, what stands in the rows and where they are read: those of the table, and no others."
+    assert {kind.rows for kind in ARMS.values()} == {*ROWS} == {*audit_module._ROWS, "cut"}
+    assert {kind.channel for kind in ARMS.values()} == {*CHANNELS}
+    if name not in ARMS:
+        with pytest.raises(ValueError, match=f"choose {', '.join(ARMS)}"):
+            Arm(name, (5,))
+    for rows, channel in product(ROWS, CHANNELS):
+        ids = () if name in ARMS and ARMS[name].rows in ("none", "cut") else (5,)
+        with pytest.raises(TypeError):
+            Arm(name, ids, rows=rows, channel=channel)
+        if name not in ARMS:
+            continue
+        arm = Arm(name, ids)
+        if (rows, channel) == (ARMS[name].rows, ARMS[name].channel):
+            assert (arm.rows, arm.channel, arm.check, arm.against) == ARMS[name][1:5]
+            continue
+        assert (arm.rows, arm.channel) != (rows, channel)
+        for change in (dict(rows=rows), dict(channel=channel), dict(rows=rows, channel=channel)):
+            with pytest.raises(ValueError, match="init=False"):
+                replace(arm, **change)
+            with pytest.raises(FrozenInstanceError):
+                setattr(arm, *next(iter(change.items())))
+
+
+def test_an_arm_has_the_rows_it_needs_and_a_key_of_its_own():
+    for name, kind in ARMS.items():
+        right, wrong = ((), (5,)) if kind.rows in ("none", "cut") else ((5,), ())
+        assert Arm(name, right).key == (f"{name}_5" if name == "one_row" else name)
+        with pytest.raises(ValueError, match=f"the arm {name} is given {len(wrong)} ids"):
+            Arm(name, wrong)
+    with pytest.raises(ValueError, match="2 ids, but needs 1"):
+        Arm("one_row", (5, 6))
+    drawn = [Arm("random_rows", (n,), n, n) for n in range(3)]
+    assert [a.key for a in drawn] == ["random_rows", "random_rows_2", "random_rows_3"]
+    assert drawn[2].label == "random words (draw 3)" and Arm("one_row", (5,), token="⏎").label == "only “⏎”"
+    assert (
+        Arm("one_row", np.array([5])) == Arm("one_row", (5,), token="⏎") and Arm("one_row", (5,)).label == "only row 5"
+    )
+
+
+def test_every_check_that_looks_at_arms_has_one():
+    assert {kind.check for kind in ARMS.values()} - {None} == {*THRESHOLDS} - {"gain", "stopping", "ranking"}
+    assert {kind.against for kind in ARMS.values()} == {"ticket", "embed_tuning"}
+
+
 @pytest.mark.parametrize(
-    "value, result", [((0.1, 0, 0.2), "pass"), ((0.6, 0.4, 0.8), "cannot tell"), ((0.9, 0.8, 1), "fail"), ((0.4, 0.3, 0.5), "cannot tell")]
+    "change, part",
+    [
+        (dict(thresholds={"gains": 2}), "no threshold 'gains': choose gain"),
+        (dict(draws=0), "draws 0"),
+        (dict(singles=-1), "singles is -1"),
+        (dict(arms=(Arm("base"),)), "base and ticket must come first"),
+        (dict(arms=(Arm("base"), Arm("ticket", (5,)), *[Arm("noise", (5,))] * 2)), "no key may come twice"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(change, part):
+    with pytest.raises(ValueError, match=part):
+        AuditSettings(**change)
+
+
+@pytest.mark.parametrize(
+    "value, result",
+    [
+        ((0.1, 0, 0.2), "pass"),
+        ((0.6, 0.4, 0.8), "cannot tell"),
+        ((0.9, 0.8, 1), "fail"),
+        ((0.4, 0.3, 0.5), "cannot tell"),
+    ],
 )
 def test_a_check_needs_its_whole_interval(value, result):
+    judge = audit_module._judge
     assert judge(Interval(*value), 0.5) == result and judge(UNKNOWN, 0.5) == judge(None, 0.5) == "cannot tell"
 
 
 def test_the_sentence_of_a_check_speaks_of_the_arm_that_decided():
-    arms = [audit_module.Arm(name, name, (1,)) for name in ("random_rows", "random_rows_2", "count_matched_rows")]
-    said = lambda *values: next(
-        c for c in audit_module._arm_checks(arms, dict(zip([a.name for a in arms], values)), audit_module.THRESHOLDS) if c.name == "controls"
+    arms = [Arm("random_rows", (1,)), Arm("random_rows", (2,), draw=1), Arm("count_matched_rows", (3,))]
+    said = lambda *values: audit_module._arm_check(
+        "controls", [*arms, Arm("noise", (4,))], dict(zip([*(a.key for a in arms), "noise"], values)), THRESHOLDS
     )
     open_, over, under = Interval(0.6, 0.4, 0.8), Interval(0.55, 0.51, 0.59), Interval(0.1, 0.0, 0.2)
-    assert (found := said(open_, over, under)).result == "fail" and found.value == over and "(random_rows_2) recover 55%" in found.sentence
-    assert (found := said(open_, under, under)).result == "cannot tell" and found.value == open_
-    assert (found := said(UNKNOWN, under, under)).result == "cannot tell" and "unknown" in found.sentence
-    assert (found := said(under, under, Interval(0.2, 0.1, 0.3))).result == "pass" and "(count_matched_rows) recover 20%" in found.sentence
+    found = said(open_, over, under, open_)
+    assert found.result == "fail" and found.value == over and "(random words (draw 2)) recover 55%" in found.sentence
+    assert (found := said(open_, under, under, over)).result == "cannot tell" and found.value == open_
+    assert (found := said(UNKNOWN, under, under, over)).result == "cannot tell" and "unknown" in found.sentence
+    found = said(under, under, Interval(0.2, 0.1, 0.3), over)
+    assert found.result == "pass" and "(words that occur as often) recover 20%" in found.sentence
 
 
 def test_the_verdict_rests_on_the_decisive_checks():
-    check = lambda name, result, decisive=True: audit_module.Check(name, "?", result, None, 0.5, f"The {name} sentence.", decisive)
+    check = lambda name, result, decisive=True: audit_module.Check(
+        name, "?", result, None, 0.5, f"The {name} sentence.", decisive
+    )
     names = ("gain", "stopping", "template", "controls", "noise")
-    said = lambda **results: _verdict([check(n, results.get(n, "pass")) for n in names] + [check("one_row", results.get("one_row", "pass"), False)])
+    said = lambda **results: audit_module._verdict(
+        [check(n, results.get(n, "pass")) for n in names] + [check("one_row", results.get("one_row", "pass"), False)]
+    )
     assert said()[0] == said(one_row="fail")[0] == "real"
     assert said(controls="fail", noise="cannot tell") == ("artefact", "An artefact: the controls sentence.")
     assert said(noise="cannot tell") == ("cannot tell", "Cannot tell: the noise sentence.")
@@ -140,7 +250,11 @@ def test_the_verdict_rests_on_the_decisive_checks():
 
 def test_overlap():
     a, b = (Scan(np.array(x, float), None, 8) for x in ([4, 3, 2, 1, 0], [3, 4, 2, 1, 0]))
-    assert overlap(a, b, 1)["jaccard"] == 0 and overlap(a, b, 2)["jaccard"] == 1 and overlap(a, b, 2)["rank_correlation"] == pytest.approx(0.8)
+    assert (
+        overlap(a, b, 1)["jaccard"] == 0
+        and overlap(a, b, 2)["jaccard"] == 1
+        and overlap(a, b, 2)["rank_correlation"] == pytest.approx(0.8)
+    )
     with pytest.raises(ValueError, match="5 and 4"):
         overlap(a, Scan(np.ones(4), None, 8), 1)
 
@@ -148,14 +262,30 @@ def test_overlap():
 def test_membership_is_told_from_frequency():
     "Statistics that follow the count alone show no membership; template rows that move more do."
     rng = np.random.default_rng(0)
-    words = [rng.choice(np.arange(20, 300), size=rng.integers(20, 40), p=np.arange(280, 0, -1) / np.arange(281).sum()).tolist() for _ in range(60)]
-    examples = [Example(str(i), [*range(5, 12), *w], [-100] * (7 + len(w)), [1] * 7 + [2] * len(w), 7 + len(w)) for i, w in enumerate(words)]
+    words = [
+        rng.choice(
+            np.arange(20, 300), size=rng.integers(20, 40), p=np.arange(280, 0, -1) / np.arange(281).sum()
+        ).tolist()
+        for _ in range(60)
+    ]
+    examples = [
+        Example(
+            str(i), [*range(5, 12), *w], [-100] * (7 + len(w)), [Role.HEAD] * 7 + [Role.SOURCE] * len(w), 7 + len(w)
+        )
+        for i, w in enumerate(words)
+    ]
     counts = np.bincount([i for e in examples for i in e.ids], minlength=320)
     noise = rng.normal(0, 0.3, 320)
     frequency = template_membership(Scan(np.where(counts, np.exp(np.log1p(counts) + noise), 0), None, 8), examples)
-    prompt = template_membership(Scan(np.where(counts, np.exp(noise), 0) + 9.0 * (np.isin(np.arange(320), range(5, 12))), None, 8), examples)
+    prompt = template_membership(
+        Scan(np.where(counts, np.exp(noise), 0) + 9.0 * (np.isin(np.arange(320), range(5, 12))), None, 8), examples
+    )
     assert frequency["pairs"] == prompt["pairs"] == 7 and prompt["template"] == 4 and prompt["matched"] > 50
-    assert prompt["wilcoxon_pvalue"] == pytest.approx(1 / 2**7) and prompt["rank_shift"] > 50 and prompt["rank_shift_pvalue"] < 1e-3
+    assert (
+        prompt["wilcoxon_pvalue"] == pytest.approx(1 / 2**7)
+        and prompt["rank_shift"] > 50
+        and prompt["rank_shift_pvalue"] < 1e-3
+    )
     assert abs(frequency["rank_shift"]) < prompt["rank_shift"] / 3
     marked = [
         e._replace(ids=[1, *e.ids, 2], labels=[-100, *e.labels, -100], roles=[0, *e.roles, 0]) for e in examples
@@ -163,7 +293,9 @@ def test_membership_is_told_from_frequency():
     still = Scan(np.where(np.arange(320) < 3, 0.0, np.where(counts, np.exp(np.log1p(counts) + noise), 0)), None, 8)
     assert template_membership(still, marked) == frequency  # they belong to neither side
     with pytest.raises(ValueError, match="nothing to compare"):
-        template_membership(Scan(np.ones(64), None, 8), [e._replace(roles=[1] * len(e.roles)) for e in prompts()])
+        template_membership(
+            Scan(np.ones(64), None, 8), [e._replace(roles=[Role.TAIL] * len(e.roles)) for e in prompts()]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -171,28 +303,32 @@ def made():
     "The small world, a quick ticket for it, and its data."
     world = build_world(0, "small", progress=False)
     model, tokenizer = load_model(str(world.folder))
-    train, test = load_pairs(world.split("train"), LANGUAGES, 30), load_pairs(world.split("test"), LANGUAGES, 8)
-    examples = encode_all(tokenizer, "babel", train, LANGUAGES)
-    settings, recipe = dict(lr_embed=3e-3, lr_partial=1e-2, epochs=2, batch_size=10), dict(epochs=2, batch_size=10, seed=0, progress=False)
-    embed_rows = embed_tune(model, examples, lr=settings["lr_embed"], **recipe)
-    scan = ks_scan(model.get_input_embeddings().weight, embed_rows.merged(model).get_input_embeddings().weight)
-    ids = scan.top(4)
-    facts = dict(template=asdict(get_template("babel")), languages=LANGUAGES, settings=settings, seed=0, license="mit")
-    rows = partial_tune(model, ids, examples, lr=settings["lr_partial"], **recipe)
-    ticket = Ticket.make(model, tokenizer, ids, name=str(world.folder), scan=scan, rows=rows, embed_rows=embed_rows, sentences=[p.hash for p in train], **facts)
-    return model, tokenizer, ticket, train, test
+    train, test = load_pairs(world.split("train"), limit=30), load_pairs(world.split("test"), limit=8)
+    recipe = Recipe(lr_embed=3e-3, epochs_embed=2, epochs_partial=2, batch_size=10, progress=False)
+    ticket = find_ticket(model, tokenizer, train, world.prompt, top_k=4, recipe=recipe)
+    return ticket, test, dict(train=train, model=model, tokenizer=tokenizer)
 
 
-OPTIONS = dict(max_new_tokens=12, batch_size=8, samples=50, progress=False)
+GENERATION = Generation(max_new_tokens=12, batch_size=8)
+SETTINGS = AuditSettings(generation=GENERATION, bootstrap=Bootstrap(samples=50), progress=False)
 
 
-def run(made, out, **changes):
-    return audit_ticket(*made, out=out, **OPTIONS | changes)
+def run(made, out, given=None, **changes):
+    "The audit of what was made, with other settings or other things given."
+    ticket, test, about = made
+    return audit_ticket(ticket, test, out=out, settings=replace(SETTINGS, **changes), **about | (given or {}))
 
 
-def generated(audit):
-    "The names of the arms that have a file."
-    return [a.name for a in audit.arms if a.rows != "cut"]
+def read(folder):
+    "The fingerprint of each arm that has a file."
+    return {p.stem: json.loads(p.read_text())["fingerprint"] for p in (folder / "arms").glob("[!.]*.json")}
+
+
+def once(audit, folder):
+    "The keys of the arms that are generated: of two with one fingerprint, the first."
+    prints = read(folder)
+    keys = [a.key for a in audit.arms if a.rows != "cut"]
+    return [key for n, key in enumerate(keys) if prints[key] not in [prints[k] for k in keys[:n]]]
 
 
 @pytest.fixture(scope="module")
@@ -202,84 +338,113 @@ def audited(made, tmp_path_factory):
 
 
 def test_every_control_is_a_choice_of_rows(made, audited):
-    model, _, ticket, train, _ = made
-    arms = {a.name: a for a in audited[0].arms}
-    ids = set(ticket.ids.tolist())
-    assert {
-        "base",
-        "ticket",
-        "embed_tuning",
-        "noise",
-        "flipped",
-        "all_but_ticket",
-        "frozen_ticket",
-        "random_rows",
-        "count_matched_rows",
-        "template_rows",
-        "frequent_rows",
-    } <= arms.keys()
-    assert {f"only_{c}" for c in CHANNELS} - {"only_everywhere"} <= arms.keys() and f"one_row_{ticket.ids[0]}" in arms
+    ticket, _, about = made
+    arms = {a.key: a for a in audited[0].arms}
+    ids, examples = set(ticket.ids.tolist()), encode_all(about["tokenizer"], ticket.prompt, about["train"])
+    assert set(ARMS) - {"one_row"} <= arms.keys() and f"one_row_{ticket.ids[0]}" in arms
     for name in ("random_rows", "count_matched_rows", "template_rows", "all_but_ticket", "frozen_ticket"):
         assert not ids & set(arms[name].ids), name
-    assert len(arms["random_rows"].ids) == len(ids) and {2, 7} <= {a.ids[0] for a in arms.values() if a.name.startswith("one_row")}  # BOS and the new line
-    template = {i for e in encode_all(made[1], "babel", train, LANGUAGES) for i, r in zip(e.ids, e.roles) if r in (Role.INSTRUCTION, Role.SPECIAL)}
+    single = {a.ids[0]: a for a in arms.values() if a.name == "one_row"}
+    assert len(arms["random_rows"].ids) == len(ids) and {2, 7} <= single.keys()  # BOS and the new line
+    assert single[7].label == "only “⏎”"
+    template = {i for e in examples for i, r in zip(e.ids, e.roles) if r in (*INSTRUCTION, Role.SPECIAL)}
     for name in ("random_rows", "noise"):  # three draws, each with a seed of its own
-        draws = [a for n, a in arms.items() if n == name or n.startswith(f"{name}_")]
+        draws = [a for a in arms.values() if a.name == name]
         assert [a.seed for a in draws] == [0, 1, 2] and (name == "noise" or len({a.ids for a in draws}) == 3)
+        assert [a.key for a in draws] == [name, f"{name}_2", f"{name}_3"]
     assert not template & set(arms["count_matched_rows"].ids) and set(arms["template_rows"].ids) <= template
     assert set(arms["all_but_ticket"].ids) | ids == set(ticket.embed_rows.ids.tolist())
-    flipped = audit_module._rows_of(arms["flipped"], model, ticket, [], None, "", False)
-    torch.testing.assert_close(flipped.delta(model), -ticket.rows.delta(model))
+    bench = audit_module._bench(ticket, made[1], about["train"], about["model"], about["tokenizer"], SETTINGS)
+    flipped = audit_module._ROWS["flipped"](arms["flipped"], bench)
+    torch.testing.assert_close(flipped.delta(about["model"]), -ticket.rows.delta(about["model"]))
 
 
 def test_what_is_found_is_what_the_arms_say(made, audited):
-    model, tokenizer, ticket, _, test = made
-    audit, out = audited
-    plain = translate(model, tokenizer, encode_all(tokenizer, "babel", test, LANGUAGES), max_new_tokens=12, batch_size=8, progress=False)
-    assert audit.translations["base"] == plain
-    merged = translate(ticket.rows.merged(model), tokenizer, encode_all(tokenizer, "babel", test, LANGUAGES), max_new_tokens=12, batch_size=8, progress=False)
-    assert audit.translations["ticket"] == merged
+    (ticket, test, about), (audit, out) = made, audited
+    model, tokenizer = about["model"], about["tokenizer"]
+    write = lambda lm: translate(lm, tokenizer, test, ticket.prompt, generation=GENERATION, progress=False)
+    assert audit.translations["base"] == write(model)
+    assert audit.translations["ticket"] == write(merged(ticket.rows, model))
     record = json.loads((out / "audit.json").read_text())
-    assert record["sentence"] == audit.sentence and list(record["arms"]) == [a.name for a in audit.arms] and record["thresholds"] == THRESHOLDS
-    assert {c["name"] for c in record["checks"]} == set(THRESHOLDS) and all(c["result"] in ("pass", "fail", "cannot tell") for c in record["checks"])
+    assert record["sentence"] == audit.sentence and record["thresholds"] == THRESHOLDS
+    assert list(record["arms"]) == [a.key for a in audit.arms]
+    assert {c["name"] for c in record["checks"]} == set(THRESHOLDS)
+    assert all(c["result"] in ("pass", "fail", "cannot tell") for c in record["checks"])
     assert audit.sentence in (out / "audit.md").read_text() and (out / "audit.png").read_bytes()[:4] == b"\x89PNG"
-    assert audit.translations["forced_stop"] == forced_stop(audit.translations["base"], audit.translations["ticket"], tokenizer)
-    ticket_gain = audit.scores["ticket"]["whole"]["bleu"] - audit.scores["base"]["whole"]["bleu"]
+    texts = audit.translations
+    assert texts["forced_stop"] == forced_stop(texts["base"], texts["ticket"], tokenizer)
+    bleu = lambda key: audit.scores[key]["whole"]["bleu"]
     only = audit.recoveries["only_history"]
     if only.value is not None:
-        assert only.value * ticket_gain == pytest.approx(audit.scores["only_history"]["whole"]["bleu"] - audit.scores["base"]["whole"]["bleu"], abs=1e-6)
+        assert only.value * (bleu("ticket") - bleu("base")) == pytest.approx(
+            bleu("only_history") - bleu("base"), abs=1e-6
+        )
+
+
+def test_an_audit_says_what_it_found_where_it_is_shown(audited):
+    audit = audited[0]
+    assert repr(audit).split("\n")[0] == audit.sentence and len(repr(audit).split("\n")) == 1 + len(THRESHOLDS)
+    html = audit._repr_html_()
+    assert html.count("<tr>") == len(THRESHOLDS) and all(c.result in html for c in audit.checks)
+
+
+def test_the_figure_shows_every_arm_that_recovers_a_share(audited):
+    audit = audited[0]
+    told = replace(audit, recoveries={key: Interval(0.5, 0.4, 0.6) for key in audit.recoveries})
+    shown = [label.get_text() for label in plot_audit(told).get_yticklabels()]
+    wanted = [a.label + " (of Embed Tuning's gain)" * (a.against == "embed_tuning") for a in audit.arms[1:]]
+    assert shown == wanted
 
 
 def counting(monkeypatch):
-    "The names of the arms that are generated from now on."
-    calls, real = [], audit_module.translate
+    "The keys of the arms that are generated from now on."
+    calls, real = [], audit_module._generated
 
-    def counted(*args, label, **kwargs):
-        calls.append(label.split()[2].rstrip(":"))
-        return real(*args, label=label, **kwargs)
+    def counted(arm, *args):
+        calls.append(arm.key)
+        return real(arm, *args)
 
-    monkeypatch.setattr(audit_module, "translate", counted)
+    monkeypatch.setattr(audit_module, "_generated", counted)
     return calls
 
 
 def test_arms_are_taken_over_only_if_their_fingerprint_fits(made, audited, tmp_path, monkeypatch):
-    model, tokenizer, ticket, train, test = made
+    ticket, test, about = made
     out = tmp_path / "audit"
     shutil.copytree(audited[1], out)
-    calls, names = counting(monkeypatch), generated(audited[0])
+    calls, keys = counting(monkeypatch), once(*audited)
     again = run(made, out)
     assert calls == [] and again.recoveries == audited[0].recoveries and again.sentence == audited[0].sentence
-    other = Ticket(ticket.ids, ticket.info, ticket.rows.scale(model, 0.5), ticket.embed_rows, ticket.scan, ticket.sentences)
-    run((model, tokenizer, other, train, test), out)
-    assert calls == [a.name for a in audited[0].arms if a.rows in ("ticket", "noise", "flipped") and a.ids]  # the others do not read the ticket's rows
+    other = replace(ticket, rows=ticket.rows.scale(about["model"], 0.5))
+    run((other, test, about), out)
+    mine = [a.key for a in audited[0].arms if a.rows in ("ticket", "noise", "flipped")]
+    assert calls == [key for key in keys if key in mine]  # the others do not read the ticket's rows
     calls.clear()
-    run((model, tokenizer, other, train, test[:-1]), out, arms=audited[0].arms[:4])
-    assert calls == names[:3]
+    few = tuple(audited[0].arms[:4])
+    run((other, test[:-1], about), out, arms=few)
+    assert calls == keys[:3]
     calls.clear()
     for broken in ("", "{", '{"fingerprint": 1}'):
         (out / "arms" / "base.json").write_text(broken)
-        run((model, tokenizer, other, train, test[:-1]), out, arms=audited[0].arms[:3])
+        run((other, test[:-1], about), out, arms=few[:3])
     assert calls == ["base"] * 3
+
+
+def test_identical_arms_are_translated_once(made, tmp_path, monkeypatch):
+    "Two arms that read the same, at the same places; rows that stand nowhere are the base model."
+    ticket, test, about = made
+    calls, ids = counting(monkeypatch), tuple(ticket.ids)
+    words = [a for a in plan_arms(about["tokenizer"], ticket, encode_all(about["tokenizer"], ticket.prompt, test))]
+    word = next(a for a in words if a.name == "count_matched_rows").ids[:1]  # no token of the template
+    arms = [Arm("base"), Arm("ticket", ids), Arm("noise", ids, 3), Arm("noise", ids, 3, 1), Arm("noise", ids, 4, 2)]
+    unread = Ticket(word, Provenance.of(about["model"], about["tokenizer"], word), TunedRows.of(about["model"], word))
+    audit = run(made, tmp_path / "a", arms=tuple(arms))
+    assert calls == ["base", "ticket", "noise", "noise_3"] and audit.recoveries["noise"] == audit.recoveries["noise_2"]
+    assert sorted(read(tmp_path / "a")) == sorted(a.key for a in arms)  # each has its file all the same
+    calls.clear()
+    nowhere = tuple([Arm("base"), Arm("ticket", word), *(Arm(f"only_{c}", word) for c in ("head", "instruction"))])
+    audit = run((unread, test, about), tmp_path / "b", arms=nowhere, prompt=ticket.prompt)
+    assert calls == ["base", "ticket"] and audit.translations["only_head"] == audit.translations["base"]
 
 
 VICTIM = """
@@ -287,103 +452,117 @@ import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control starts its children deaf to it
 from pathlib import Path
-from kslottery.audit import audit_ticket
-from kslottery.core import load_model
+from kslottery.audit import AuditSettings, audit_ticket
 from kslottery.data import load_pairs
+from kslottery.decomposition import Bootstrap
+from kslottery.evaluation import Generation
 from kslottery.ticket import Ticket
-folder = Path(sys.argv[1])
-ticket = Ticket.load(folder / "ticket")
-model, tokenizer = load_model(ticket.info["model"])
-world, languages = Path(ticket.info["model"]), ticket.info["languages"]
-audit_ticket(model, tokenizer, ticket, load_pairs(world / "train.jsonl", languages, 30), load_pairs(world / "test.jsonl", languages, 8), out=folder / "audit",
-             max_new_tokens=12, batch_size=8, samples=50, progress=False)
+ticket = Ticket.load(Path(sys.argv[1]) / "ticket")
+world = Path(ticket.provenance.model)
+generation = Generation(max_new_tokens=12, batch_size=8)
+settings = AuditSettings(generation=generation, bootstrap=Bootstrap(samples=50), progress=False)
+train = load_pairs(world / "train.jsonl", limit=30)
+audit_ticket(ticket, load_pairs(world / "test.jsonl", limit=8), train=train, settings=settings)
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_audit_goes_on_where_it_was(made, audited, tmp_path, monkeypatch, how):
-    made[2].save(tmp_path / "ticket")
+    replace(made[0]).save(tmp_path / "ticket")
+    out = tmp_path / "ticket" / "audit"  # where it goes if nobody says where
     child = subprocess.Popen([sys.executable, "-c", VICTIM, str(tmp_path)], stderr=subprocess.PIPE, text=True)
-    done = lambda: sorted(p.stem for p in (tmp_path / "audit" / "arms").glob("[!.]*.json"))
+    done = lambda: sorted(p.stem for p in (out / "arms").glob("[!.]*.json"))
     deadline = time.time() + 120
     while len(done()) < 12 and child.poll() is None and time.time() < deadline:
         time.sleep(0.01)  # until it trains the controls
     child.send_signal(how)
     _, error = child.communicate()
     finished = done()
-    assert child.returncode and 12 <= len(finished) < len(generated(audited[0])), error
-    assert all(json.loads((tmp_path / "audit" / "arms" / f"{name}.json").read_text())["translations"] for name in finished)
+    assert child.returncode and 12 <= len(finished) < len(read(audited[1])), error
+    assert all(json.loads((out / "arms" / f"{name}.json").read_text())["translations"] for name in finished)
     calls = counting(monkeypatch)
-    resumed = run(made, tmp_path / "audit")
-    assert calls == [name for name in generated(audited[0]) if name not in finished]
-    assert resumed.translations == audited[0].translations and resumed.as_dict()["checks"] == audited[0].as_dict()["checks"]
-    assert not list((tmp_path / "audit" / "arms").glob(".*"))
+    resumed = run(made, out)
+    assert calls == [name for name in once(*audited) if name not in finished]
+    assert resumed.translations == audited[0].translations
+    assert resumed.as_dict()["checks"] == audited[0].as_dict()["checks"]
+    assert not list((out / "arms").glob(".*"))
 
 
-def test_without_embed_rows_data_or_settings_it_says_what_it_cannot_tell(made, tmp_path):
-    model, tokenizer, ticket, train, test = made
-    bare = Ticket(ticket.ids, {**ticket.info, "settings": None}, ticket.rows, None, None, ticket.sentences)
-    audit = run((model, tokenizer, bare, [], test), tmp_path, fast=True)
-    assert {a.rows for a in audit.arms} == {"ticket", "noise", "cut"}
-    assert {c.name for c in audit.checks if c.sentence.startswith("No arm")} == {"controls", "one_row", "selection", "necessary", "replaceable"}
+def test_without_a_folder_nothing_is_kept(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert made[0].folder is None
+    audit = run(made, None, arms=(Arm("base"), Arm("ticket", made[0].ids)))
+    assert audit.verdict and list(tmp_path.iterdir()) == []
+
+
+def test_without_embed_rows_data_or_recipe_it_says_what_it_cannot_tell(made, tmp_path):
+    ticket, test, about = made
+    bare = Ticket(ticket.ids, replace(ticket.provenance, recipe=None), ticket.rows, sentences=ticket.sentences)
+    audit = run((bare, test, about), tmp_path, dict(train=None), fast=True)
+    assert {a.rows for a in audit.arms} == {"none", "ticket", "noise", "cut"}
+    said = {c.name for c in audit.checks if c.sentence.startswith("No arm")}
+    assert said == {"controls", "one_row", "selection", "necessary", "replaceable"}
     assert audit.verdict != "real"
+    for arm, part in (
+        (Arm("embed_tuning", ticket.ids), "reads Embed-Tuned rows"),
+        (Arm("random_rows", (5,)), "recorded recipe"),
+    ):
+        with pytest.raises(ValueError, match=f"the arm {arm.key} cannot be run: it .*{part}"):
+            run((bare, test, about), tmp_path, arms=(Arm("base"), Arm("ticket", ticket.ids), arm))
 
 
 def test_a_ticket_under_another_prompt(made, audited, tmp_path):
-    model, tokenizer, ticket, _, test = made
+    ticket, test, about = made
     asked = {
-        "its own": "babel",
-        "short": "From {source_language}: {source}\nTo {target_language}: {target}",
-        "other": "{source_language}: {source}\n{target_language}: {target}",
+        "its own": Prompt("babel", LANGUAGES),
+        "short": Prompt("From {source_language}: {source}\nTo {target_language}: {target}", LANGUAGES),
+        "other": Prompt("{source_language}: {source}\n{target_language}: {target}", LANGUAGES),
     }
-    gains = template_transfer(model, tokenizer, ticket, test, asked, out=tmp_path, **OPTIONS)
+    models = {name: about[name] for name in ("model", "tokenizer")}
+    gains = template_transfer(ticket, test, asked, **models, out=tmp_path, settings=SETTINGS)
     assert gains["its own"] == audited[0].decomposition
     assert len({repr(g.base) for g in gains.values()}) == 3  # two prompts without a name of their own stay apart
     assert sorted(p.name for p in (tmp_path / "short" / "arms").iterdir()) == ["base.json", "ticket.json"]
 
 
-def test_shared_rows_are_audited_without_channels(tmp_path):
+def test_shared_rows_are_audited_without_channels():
     model = talker("gpt2")
     rows = TunedRows([5, 6], torch.randn(2, 16), "shared")
-    ticket = Ticket.make(model, TOY, [5, 6], name="toy", rows=rows)
+    ticket = Ticket([5, 6], Provenance.of(model, TOY, [5, 6]), rows)
     assert not [a for a in plan_arms(TOY, ticket, prompts(), train=False) if a.channel != "everywhere"]
 
 
 @pytest.mark.parametrize(
-    "change, part", [("used", "1 test sentences were used for tuning"), ("fewer", "not the same"), ("none", "no test sentences"), ("empty", "no tuned rows")]
+    "change, part",
+    [
+        ("used", "1 test sentences were used for tuning"),
+        ("fewer", "not the same"),
+        ("none", "no test sentences"),
+        ("empty", "no tuned rows"),
+    ],
 )
-def test_what_cannot_be_audited_is_refused(made, tmp_path, change, part):
-    model, tokenizer, ticket, train, test = made
+def test_what_cannot_be_audited_is_refused_before_a_model_is_loaded(made, tmp_path, monkeypatch, change, part):
+    ticket, test, about = made
+    train = about["train"]
     test = [*test, train[0]] if change == "used" else [] if change == "none" else test
-    ticket = Ticket(np.zeros(0, np.int64), ticket.info) if change == "empty" else ticket
+    ticket = Ticket([], replace(ticket.provenance, tokens=(), counts=None)) if change == "empty" else ticket
+    monkeypatch.setattr(Ticket, "base", lambda *args: pytest.fail("a model is loaded"))
     with pytest.raises(ValueError, match=part):
-        run((model, tokenizer, ticket, train[:5] if change == "fewer" else train, test), tmp_path / "out")
-    with pytest.raises(ValueError, match="base and ticket"):
-        run(made, tmp_path / "out", arms=[Arm("base", "base", ())])
+        audit_ticket(ticket, test, train=train[:5] if change == "fewer" else train, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_audit_from_the_command_line_and_the_card(made, audited, tmp_path):
-    _, _, ticket, train, _ = made
+    ticket, _, about = made
     folder, world = tmp_path / "ticket", build_world(0, "small", progress=False)
-    ticket.save(folder)
+    replace(ticket, provenance=replace(ticket.provenance, train=None)).save(
+        folder
+    )  # it does not say where its data are
     assert "not been audited" in (folder / "README.md").read_text()
-    (tmp_path / "train.jsonl").write_text("".join(world.split("train").read_text().splitlines(True)[: len(train)]))
-    words = (
-        "audit",
-        folder,
-        "--train",
-        tmp_path / "train.jsonl",
-        "--test",
-        world.split("test"),
-        "--limit",
-        8,
-        "--max-new-tokens",
-        12,
-        "--fast",
-        "--samples",
-        50,
-    )
+    lines = world.split("train").read_text().splitlines(True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[: len(about["train"])]))
+    short = ("--limit", 8, "--max-new-tokens", 12, "--fast", "--samples", 50)
+    words = ("audit", folder, "--train", tmp_path / "train.jsonl", "--test", world.split("test"), *short)
     status, said, error = kslottery(*words)
     assert status == 0, error
     record = json.loads((folder / "audit" / "audit.json").read_text())
@@ -405,25 +584,28 @@ def test_audit_from_the_command_line_and_the_card(made, audited, tmp_path):
         assert status == 2 and part in error and error.strip().count("\n") == 0, (wrong, error)
     status, _, error = invoke("audit", tmp_path)
     assert status == 2 and "no ticket.json" in error
-    status, _, error = invoke(
-        "audit", folder, "--test", world.split("test"), "--limit", 8, "--max-new-tokens", 12, "--fast", "--train", "none", "--samples", 50
-    )
+    status, _, error = invoke("audit", folder, "--test", world.split("test"), *short, "--train", "none")
     assert status == 0, error
 
 
 def test_the_cards_header_survives_a_round_trip(made, tmp_path):
-    _, _, ticket, _, _ = made
+    ticket = made[0]
     for languages, name in (("en-ca", "org/model"), ("no-de", 'strange: "name" #1'), ("Aldan-Borel", "model")):
-        about = {k: v for k, v in ticket.info.items() if k != "base_model"}  # as older tickets are
-        ticket = Ticket(ticket.ids, {**about, "languages": languages, "model": name, "tokens": ["|", "\n", "---", None]}, ticket.rows, scan=ticket.scan)
-        ticket.save(tmp_path / "ticket")
+        about = dict(model=name, base_model="", license="mit", prompt=Prompt("babel", languages))
+        facts = replace(ticket.provenance, tokens=("|", "\n", "---", None), **about)
+        Ticket(ticket.ids, facts, ticket.rows, scan=ticket.scan).save(tmp_path / "ticket")
         text = (tmp_path / "ticket" / "README.md").read_text()
         card = ModelCard(text)
         data = card.data
-        assert (data.base_model, data.library_name, data.pipeline_tag, data.license) == (None if " " in name else name, "peft", "text-generation", "mit")
-        assert data.language == (languages.split("-") if languages != "Aldan-Borel" else None) and "kslottery" in data.tags
-        assert ModelCardData(**data.to_dict()).to_yaml() == data.to_yaml()
+        assert (data.base_model, data.library_name, data.pipeline_tag, data.license) == (
+            None if " " in name else name,
+            "peft",
+            "text-generation",
+            "mit",
+        )
+        assert data.language == (languages.split("-") if languages != "Aldan-Borel" else None)
+        assert "kslottery" in data.tags and ModelCardData(**data.to_dict()).to_yaml() == data.to_yaml()
         card.save(tmp_path / "card.md")
         assert (tmp_path / "card.md").read_text() == text  # written again by the Hub's library, nothing is lost
         table = [line for line in text.split("\n") if line.startswith("| `")]
-        assert len(table) == 4 and all(line.replace(r"\|", "").count("|") == 5 for line in table)
+        assert len(table) == 4 and len({line.replace(r"\|", "").count("|") for line in table}) == 1

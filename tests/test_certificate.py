@@ -1,6 +1,7 @@
 """Certificates: exactness, coverage by simulation, power, and what must be refused.
 
-Simulations have fixed seeds, so they cannot flake. With fresh seeds each coverage check would fail by chance with the probability `FLAKE` at most.
+Simulations have fixed seeds, so they cannot flake. With fresh seeds each coverage check would fail by chance with the
+probability `FLAKE` at most.
 """
 
 import itertools
@@ -12,23 +13,21 @@ import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
+from scipy.stats import beta, binom, binomtest
 
+from kslottery.certificate import _PVALUES as PVALUES
 from kslottery.certificate import (
-    PVALUES,
     Certificate,
     Losses,
-    betting_pvalue,
-    binomial_pvalue,
     certify_agreement,
     certify_tickets,
-    hoeffding_bentkus_pvalue,
     ks_margin_bound,
     risk_bound,
     sentences_needed,
 )
 from kslottery.ks import critical_value
 
+binomial_pvalue, hoeffding_bentkus_pvalue, betting_pvalue = PVALUES.values()
 FLAKE = 1e-4
 RUNS = 2000
 LOSSES = {  # name: (draw n losses whose mean is r, by rng)
@@ -58,29 +57,39 @@ def fits(method, name):
 
 @pytest.mark.parametrize("method, name", [(m, name) for m in PVALUES for name in LOSSES if fits(m, name)])
 def test_coverage(method, name):
-    "At a risk just above epsilon each certificate given is wrong: no more than a share delta of the calibrations may give one."
+    "At a risk just above epsilon a certificate is wrong: no more than a share delta of the calibrations may give one."
     rng = np.random.default_rng(7)
     for n, epsilon, delta in ((30, 0.1, 0.05), (100, 0.02, 0.1), (300, 0.1, 0.05)):
-        wrong = sum(PVALUES[method](LOSSES[name](rng, n, 1.001 * epsilon), epsilon, delta) <= delta for _ in range(RUNS))
+        wrong = sum(
+            PVALUES[method](LOSSES[name](rng, n, 1.001 * epsilon), epsilon, delta) <= delta for _ in range(RUNS)
+        )
         assert binomtest(wrong, RUNS, delta, alternative="greater").pvalue > FLAKE, (n, epsilon, delta, wrong)
 
 
 @pytest.mark.parametrize("method, name", [(m, name) for m in PVALUES for name in LOSSES if fits(m, name)])
 def test_power(method, name):
-    "At a risk far below epsilon a certificate is given in at least nine of ten calibrations. (Each is given in over 97%: fewer than 360 of 400 has a chance below 1e-8.)"
+    """At a risk far below epsilon a certificate is given in at least nine of ten calibrations.
+
+    Each is given in over 97%: fewer than 360 of 400 has a chance below 1e-8.
+    """
     rng = np.random.default_rng(8)
     given_ = sum(PVALUES[method](LOSSES[name](rng, 300, 0.02), 0.1, 0.05) <= 0.05 for _ in range(400))
     assert given_ >= 360, given_
 
 
 def test_coverage_of_the_walk():
-    "Nested tickets on the same sentences, the losses strongly dependent: a ticket whose risk is above epsilon is certified in at most a share delta of the calibrations."
+    """Nested tickets on the same sentences, the losses strongly dependent.
+
+    A ticket whose risk is above epsilon is certified in at most a share delta of the calibrations.
+    """
     rng = np.random.default_rng(9)
     for risks in ([0.101] * 8, [0.0, 0.02, 0.0999, 0.101, 0.101, 0.3], [0.02, 0.11, 0.02, 0.2]):
         wrong = 0
         for _ in range(RUNS):
             u, own = rng.random(120), rng.random((len(risks), 120))
-            mixed = np.where(rng.random((len(risks), 120)) < 0.7, u, own)  # ticket i fails where its number is below its risk
+            mixed = np.where(
+                rng.random((len(risks), 120)) < 0.7, u, own
+            )  # ticket i fails where its number is below its risk
             losses = {10 - i: (mixed[i] < r).astype(int) for i, r in enumerate(risks)}
             size = certify_tickets(losses, 0.1, 0.05, vouched=True).size
             wrong += size is not None and risks[10 - size] > 0.1
@@ -93,7 +102,10 @@ def test_hoeffding_bentkus_by_hand():
 
 @pytest.mark.parametrize("method", ["betting", "hoeffding-bentkus"])
 def test_a_sorted_file_voids_nothing(method):
-    "Sentences drawn independently and then sorted by length, the loss growing with length: the order must not help a gambler. Flake rate as in test_coverage."
+    """Sentences drawn independently and then sorted by length, the loss growing with length.
+
+    The order must not help a gambler. Flake rate as in test_coverage.
+    """
     rng = np.random.default_rng(11)
     wrong = 0
     for _ in range(RUNS):
@@ -106,7 +118,17 @@ def test_betting_needs_more_sentences():
     for epsilon, n in ((0.05, 78), (0.02, 200), (0.01, 402)):
         assert sentences_needed(epsilon, 0.05, "betting") == n
     found = certify_tickets(
-        {4: losses([0.5] * 60, kind="quality_difference", ids=tuple(map(str, range(60))), hashes=tuple(map(str, range(60))), rows=(1, 2, 3, 4))}, 0.03, 0.025
+        {
+            4: losses(
+                [0.5] * 60,
+                kind="quality_difference",
+                ids=tuple(map(str, range(60))),
+                hashes=tuple(map(str, range(60))),
+                rows=(1, 2, 3, 4),
+            )
+        },
+        0.03,
+        0.025,
     )
     assert found.abstained and "There are too few sentences" in found.claim and found.facts["needed"] == 165
 
@@ -114,7 +136,10 @@ def test_betting_needs_more_sentences():
 def test_the_walk_has_power():
     rng = np.random.default_rng(10)
     sizes = [
-        certify_tickets({8: rng.random(200) < 0.01, 4: rng.random(200) < 0.02, 2: rng.random(200) < 0.3}, 0.1, 0.05, vouched=True).size for _ in range(300)
+        certify_tickets(
+            {8: rng.random(200) < 0.01, 4: rng.random(200) < 0.02, 2: rng.random(200) < 0.3}, 0.1, 0.05, vouched=True
+        ).size
+        for _ in range(300)
     ]
     assert sizes.count(4) >= 270 and 2 not in sizes
 
@@ -139,14 +164,18 @@ def test_betting_is_super_uniform_exactly(n, epsilon, delta, level):
 
 
 @given(st.integers(1, 400), st.floats(0, 1), st.floats(0.001, 0.5))
-def test_clopper_pearson_is_scipys(n, share, delta):
+def test_clopper_pearson_is_the_quantile_of_a_beta_distribution(n, share, delta):
     k = round(share * n)
     bound = certify_agreement(np.repeat([1, 0], [k, n - k]), delta, vouched=True).bound
-    exact = binomtest(k, n, alternative="less").proportion_ci(1 - delta, method="exact").high
-    assert abs(bound - exact) < 1e-11  # scipy solves for it to about 1e-12
+    exact = beta.ppf(1 - delta, k + 1, n - k) if k < n else 1  # the textbook form; scipy solves for it to about 1e-12
+    assert abs(bound - exact) < 1e-11
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.sampled_from(["hoeffding-bentkus", "betting"]), st.floats(0.01, 0.5))
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=40),
+    st.sampled_from(["hoeffding-bentkus", "betting"]),
+    st.floats(0.01, 0.5),
+)
 def test_a_bound_inverts_its_pvalue(values, method, delta):
     bound = risk_bound(values, delta, method)
     assert 0 <= bound <= 1 and (method == "betting" or np.mean(values) <= bound + 1e-12)
@@ -165,7 +194,10 @@ def test_sentences_needed(epsilon, delta):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.sampled_from([0.02, 0.2, 1.0]))
 def test_the_margin_bound_holds_for_every_threshold_rule(seed, d, near):
-    "All of it by enumeration: rows of d numbers from {0..4}, the answer A if a weighted sum exceeds a threshold (half-lines in each number)."
+    """All of it by enumeration: rows of d numbers from {0..4}, the answer A if a weighted sum exceeds a threshold.
+
+    These are half-lines in each number.
+    """
     rng = np.random.default_rng(seed)
     rows = 2
     F = rng.dirichlet(np.ones(5), rows)
@@ -201,7 +233,11 @@ def test_limits_of_the_margin_bound(d, alpha):
     if critical_value(alpha, d) <= 1:
         assert ks_margin_bound(1.0, 0.0, [critical_value(alpha, d)], d).vacuous
     sampled = ks_margin_bound(1.0, 0.0, [0.0], d, delta=0.05, tokens=1)
-    assert sampled.vacuous and sampled.abstained and sampled.bound >= min(2 * d, 2 * math.sqrt(2 * d * math.log(80))) - 1e-9
+    assert (
+        sampled.vacuous
+        and sampled.abstained
+        and sampled.bound >= min(2 * d, 2 * math.sqrt(2 * d * math.log(80))) - 1e-9
+    )
     assert ks_margin_bound(1.0, 0.0, [], d, delta=0.05).holds  # only rows known to be untouched are free
 
 
@@ -215,6 +251,11 @@ GOOD = dict(kind="exact", ids=("a", "b"), hashes=("x", "y"), used=frozenset(["z"
 
 def losses(values=(0, 0), **changes):
     return Losses(np.array(values), **{**GOOD, **changes})
+
+
+MADE = dict(max_new_tokens=9, num_beams=1, batch_size=16, template="t", languages="en-ca", dtype="bfloat16")
+OTHERS = dict(max_new_tokens=8, num_beams=2, batch_size=1, template="u", languages="en-de", dtype="float32")
+DIFFERENT = [(MADE, {**MADE, name: other}) for name, other in OTHERS.items()]
 
 
 @pytest.mark.parametrize(
@@ -244,17 +285,43 @@ def losses(values=(0, 0), **changes):
         (lambda: certify_tickets({2: losses(rows=(1, 2, 3))}, 0.1, 0.05), "has 3 rows"),
         (lambda: certify_tickets({2: losses(), 1: losses(rows=(3,))}, 0.9, 0.9), "not nested: row 3"),
         (lambda: certify_tickets({2: losses(), 1: losses(rows=(1,), vouched=True)}, 0.9, 0.9), "provenance"),
-        (lambda: certify_tickets({2: losses(), 1: losses(rows=(1,), unit="document")}, 0.9, 0.9), "not of the same sentences"),
+        (
+            lambda: certify_tickets({2: losses(), 1: losses(rows=(1,), unit="document")}, 0.9, 0.9),
+            "not of the same sentences",
+        ),
         (lambda: certify_tickets({7: losses(rows=())}, 0.9, 0.9), "has 0 rows"),
-        (lambda: certify_tickets({2: losses(prints={"max_new_tokens": 9}), 1: losses(rows=(1,))}, 0.9, 0.9), "in another way"),
+        (
+            lambda: certify_tickets({2: losses(prints={"max_new_tokens": 9}), 1: losses(rows=(1,))}, 0.9, 0.9),
+            "in another way",
+        ),
         (lambda: risk_bound([-5.0] * 9, 0.05, "betting"), "loss 0 is -5.0"),
         (lambda: risk_bound([0.0] * 9, 2, "betting"), "delta is 2"),
         (lambda: risk_bound([], 0.05, "betting"), "n = 0"),
         (lambda: ks_margin_bound(0.9, 0.1, [0.1], 4, delta=0.05), "tokens is None"),
-        (lambda: certify_tickets({2: losses(), 1: losses(rows=(1,), ids=("b", "a"), hashes=("y", "x"))}, 0.9, 0.9), "not of the same sentences"),
-        (lambda: certify_tickets({2: losses(), 1: losses(rows=(1,), kind="tokens")}, 0.9, 0.9), "not of the same sentences"),
-        (lambda: certify_tickets({2: losses(prints={"reference": "p"}), 1: losses(rows=(1,), prints={"reference": "q"})}, 0.9, 0.9), "another reference"),
+        (
+            lambda: certify_tickets({2: losses(), 1: losses(rows=(1,), ids=("b", "a"), hashes=("y", "x"))}, 0.9, 0.9),
+            "not of the same sentences",
+        ),
+        (
+            lambda: certify_tickets({2: losses(), 1: losses(rows=(1,), kind="tokens")}, 0.9, 0.9),
+            "not of the same sentences",
+        ),
+        (
+            lambda: certify_tickets(
+                {2: losses(prints={"reference": "p"}), 1: losses(rows=(1,), prints={"reference": "q"})}, 0.9, 0.9
+            ),
+            "another reference",
+        ),
         (lambda: certify_tickets({2: [0, 0], 1: [0]}, 0.9, 0.9, vouched=True), "not of the same sentences"),
+        *(
+            (
+                lambda old=old, new=new: certify_tickets(
+                    {2: losses(prints=old), 1: losses(rows=(1,), prints=new)}, 0.9, 0.9
+                ),
+                "in another way",
+            )
+            for old, new in DIFFERENT
+        ),
         (lambda: ks_margin_bound(0.7, 0.6, [0.1], 4), "sum is at most 1"),
         (lambda: ks_margin_bound(0.7, 0.2, [1.1], 4), "statistics must lie"),
         (lambda: ks_margin_bound(0.7, 0.2, [float("nan")], 4), "statistics must lie"),
@@ -298,7 +365,9 @@ def test_every_certificate_says_its_probability_and_survives_json(values, epsilo
     ]
     for certificate in made:
         assert "With probability at least " in certificate.claim and certificate.claim in str(certificate)
-        assert certificate.abstained is not certificate.holds and str(certificate).startswith("CERTIFIED" if certificate.holds else "ABSTAINS")
+        assert certificate.abstained is not certificate.holds and str(certificate).startswith(
+            "CERTIFIED" if certificate.holds else "ABSTAINS"
+        )
         again = Certificate.from_json(certificate.to_json())
         assert again == certificate and json.loads(again.to_json()) == json.loads(certificate.to_json())
     assert made[2].abstained == (made[2].size is None)
@@ -313,8 +382,18 @@ def test_too_few_sentences_are_counted():
 def test_a_perfect_ticket_does_not_decide_the_method_for_the_others():
     found = certify_tickets({9: np.zeros(300), 3: np.full(300, 0.25)}, 0.1, 0.05, vouched=True)
     assert found.size == 9 and found.facts["method"] == "betting"
-    assert certify_tickets({9: np.zeros(300), 3: np.ones(300)}, 0.1, 0.05, vouched=True).facts["method"] == "clopper-pearson"
-    perfect = losses([0] * 300, kind="tokens", rows=tuple(range(9)), ids=tuple(map(str, range(300))), hashes=tuple(map(str, range(300))), vouched=True)
+    assert (
+        certify_tickets({9: np.zeros(300), 3: np.ones(300)}, 0.1, 0.05, vouched=True).facts["method"]
+        == "clopper-pearson"
+    )
+    perfect = losses(
+        [0] * 300,
+        kind="tokens",
+        rows=tuple(range(9)),
+        ids=tuple(map(str, range(300))),
+        hashes=tuple(map(str, range(300))),
+        vouched=True,
+    )
     assert certify_tickets({9: perfect}, 0.1, 0.05).facts["method"] == "betting"
 
 
@@ -338,12 +417,37 @@ def test_groups_are_the_units():
     assert found.n == 2 and found.unit == "document" and "2 calibration documents" in found.claim
 
 
+def test_what_is_certified_does_not_complain_of_too_few_sentences():
+    "Gains count against losses, so a ticket that is better than the reference needs fewer sentences."
+    names = tuple(map(str, range(60)))
+    better = losses([0.4] * 60, kind="quality_difference", ids=names, hashes=names)
+    found = certify_tickets({2: better}, 0.03, 0.05)
+    assert found.holds and found.n < found.facts["needed"] and "too few" not in found.claim
+
+
+@pytest.mark.parametrize("dtype, size, named", [("bfloat16", 16, True), ("bfloat16", 1, False), ("float32", 16, False)])
+def test_a_claim_in_16_bits_names_the_batch(dtype, size, named):
+    "There a greedy text depends on its batch in a few sentences of a hundred."
+    found = certify_agreement(losses(prints={**MADE, "dtype": dtype, "batch_size": size}), 0.05)
+    assert (f"in batches of {size}" in found.claim) == named
+
+
 def test_repeated_sentences_are_named():
     assert any("1 repeated" in a for a in certify_agreement(losses(hashes=("x", "x")), 0.05).assumptions)
 
 
 def test_a_difference_is_on_the_scale_of_people():
-    mine = losses([0.51] * 300, kind="quality_difference", ids=tuple(map(str, range(300))), hashes=tuple(map(str, range(300))), rows=(1, 2, 3, 4))
+    mine = losses(
+        [0.51] * 300,
+        kind="quality_difference",
+        ids=tuple(map(str, range(300))),
+        hashes=tuple(map(str, range(300))),
+        rows=(1, 2, 3, 4),
+    )
     found = certify_tickets({4: mine}, 0.05, 0.05)
-    assert found.size == 4 and abs(found.path[0]["risk"] - 0.02) < 1e-12 and 0.02 < found.path[0]["bound"] < found.bound == 0.05
+    assert (
+        found.size == 4
+        and abs(found.path[0]["risk"] - 0.02) < 1e-12
+        and 0.02 < found.path[0]["bound"] < found.bound == 0.05
+    )
     assert certify_tickets({4: mine}, 0.01, 0.05).abstained

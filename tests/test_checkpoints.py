@@ -1,5 +1,6 @@
-"""Scans of checkpoints: every layout, every matrix, every criterion; streaming within its memory; faults."""
+"""Scans of checkpoints and the tickets made of them: every layout, every matrix; memory; faults."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,89 +8,16 @@ import subprocess
 import sys
 import time
 
-import numpy as np
+import matplotlib.pyplot as plt
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy import stats
-from test_ks import KINDS, awkward
 
-from conftest import ARCHITECTURES, kslottery, tiny_model
-from kslottery.checkpoints import Checkpoint, scan_all, scan_checkpoints
-from kslottery.criteria import CRITERIA, equal_move_null, scan_rows
-from kslottery.ks import _compiled, critical_value, ks_pvalue, ks_scan, ks_statistic
+from conftest import ARCHITECTURES, TIED, TOY, invoke, kslottery, tiny_model
+from kslottery.checkpoints import Checkpoint, CheckpointScan, scan_all, scan_checkpoints, scan_figures
+from kslottery.ks import CRITERIA
 from kslottery.ticket import Ticket
-
-
-@settings(max_examples=150, deadline=None)
-@given(kind=st.sampled_from(KINDS), d=st.integers(1, 300), seed=st.integers(0, 2**32 - 1), wide=st.booleans(), alpha=st.sampled_from([0.5, 0.05, 0.001]))
-def test_every_engine_and_the_decision_agree(kind, d, seed, wide, alpha):
-    before, after = awkward(kind, (6, d), np.random.default_rng(seed))
-    after[0] = before[0]
-    if wide:
-        before, after = before.astype(np.float64), after.astype(np.float64)
-    plain = ks_statistic(before, after, engine="plain")
-    assert np.array_equal(plain, ks_statistic(before, after, engine="torch"))
-    assert np.array_equal(plain, ks_statistic(before, after, engine="binned"))
-    full, decided = ks_scan(before, after), ks_scan(before, after, decide=alpha)
-    assert full.select(alpha).tolist() == decided.select(alpha).tolist()
-    assert full.select(alpha, "bh").tolist() == decided.select(alpha, "bh").tolist()
-    won = full.pvalue < alpha
-    assert np.array_equal(full.statistic[won], decided.statistic[won]) and np.isnan(decided.statistic[~won]).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("d", [1024, 4096])
-def test_the_binning_engine_at_the_width_of_models(kind, d):
-    before, after = awkward(kind, (12, d), np.random.default_rng(3))
-    after[1] = before[1] + np.float32(1e-4) * np.random.default_rng(4).normal(size=d).astype(np.float32)
-    before[2, 0] = 1e30  # one huge outlier spoils the bins, not the result
-    expected = ks_statistic(before, after, engine="plain")
-    assert np.array_equal(expected, ks_statistic(before, after, engine="binned"))
-
-
-def test_known_pvalues_and_the_integer_decision():
-    assert abs(ks_pvalue(0.0546875, 4096) / 9.526161380350235e-06 - 1) < 1e-13
-    assert abs(ks_pvalue(0.029296875, 4096) / 0.05945249341641134 - 1) < 1e-13
-    k = round(critical_value(0.05, 4096) * 4096)
-    assert ks_pvalue(k / 4096, 4096) < 0.05 <= ks_pvalue((k - 1) / 4096, 4096)
-    for d in (10_001, 16_384, 100_000):  # scipy's asymptotic value is close out there; ours has no gap at any d
-        D = round(0.02 * d) / d
-        assert abs(ks_pvalue(D, d) / stats.kstwobign.sf(D * np.sqrt(d / 2)) - 1) < 0.02
-
-
-def test_a_decision_says_what_it_is():
-    before, after = awkward("gaussian", (40, 200), np.random.default_rng(0))
-    scan = ks_scan(before, after, decide=0.01)
-    assert scan.decided == 0.01 and len(scan.select(0.001)) <= len(scan.select(0.01))
-    with pytest.raises(ValueError, match="0.01 only, not at 0.05"):
-        scan.select(0.05)
-    with pytest.raises(ValueError, match="decided only"):
-        scan.top(40)
-
-
-def test_without_numba_the_plain_engine_serves(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
-    _compiled.cache_clear()
-    try:
-        assert _compiled() is None
-        before, after = awkward("gaussian", (5, 60), np.random.default_rng(0))
-        assert ks_statistic(before, after).tolist() == ks_statistic(before, after, engine="plain").tolist()
-    finally:
-        monkeypatch.undo()
-        _compiled.cache_clear()
-
-
-def test_rounding_both_sides():
-    before = torch.randn(50, 128)
-    after = before.bfloat16()
-    after[3] *= 3
-    with pytest.raises(ValueError, match="--round"):
-        ks_scan(before, after)
-    scan = ks_scan(before, after, round=True)
-    assert np.flatnonzero(scan.statistic).tolist() == [3]
 
 
 def save(model, folder, **options):
@@ -118,7 +46,9 @@ def test_every_layout(kind, tmp_path):
         assert sorted(scan_checkpoints(before, tuned).select(0.05)) == [5, 9]
     everything = {s.name: s for s in scan_all(base, tuned)}
     stored = Checkpoint(base)
-    assert set(everything) == set(stored.names) and sum(s.changed for s in everything.values()) == 2  # tied matrices are stored, and scanned, once
+    assert (
+        set(everything) == set(stored.names) and sum(s.changed for s in everything.values()) == 2
+    )  # tied matrices are stored, and scanned, once
     for name, s in everything.items():
         assert s.rows == (1 if len(stored[name].shape) == 1 else stored[name].shape[0])
 
@@ -133,6 +63,135 @@ def test_a_hub_id_is_downloaded_whatever_dots_it_has(pair, monkeypatch):
         Checkpoint("org/none")
 
 
+def test_two_checkpoints_become_a_ticket_in_a_few_lines(pair):
+    TOY.save_pretrained(pair / "base")
+    ticket = scan_checkpoints(pair / "base", pair / "tuned").ticket(alpha=0.05)
+    ticket.save(pair / "ticket")
+    facts = Ticket.load(pair / "ticket").provenance
+    assert sorted(ticket.ids) == sorted(ticket.rows.ids.tolist()) == [5, 9] and not ticket.sentences
+    assert sorted(facts.tokens) == ["t5", "t9"] and facts.changed == 2 and facts.prompt is None and facts.V == 64
+    assert (facts.model, facts.tuned) == (str(pair / "base"), str(pair / "tuned"))
+    assert facts.tensor == "model.embed_tokens.weight" and facts.embedding_module == "model.embed_tokens"
+    assert facts.selection.alpha == 0.05 and facts.selection.criterion == "ks"
+    base, tuned = tiny_model("llama", hidden=64), tiny_model("llama", hidden=64)
+    ticket.check(base, TOY)
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight[[5, 9]] *= 4
+        x = torch.tensor([[1, 5, 9, 20]])
+        with ticket.rows.applied(base):
+            assert torch.equal(base(x).logits, tuned(x).logits)
+
+
+def test_a_file_beside_its_tokenizer_keeps_the_names_of_its_tokens(pair):
+    TOY.save_pretrained(pair / "base")
+    scan = scan_checkpoints(pair / "base" / "model.safetensors", pair / "tuned" / "model.safetensors")
+    assert sorted(scan.ticket().provenance.tokens) == ["t5", "t9"]
+    (pair / "alone.safetensors").write_bytes((pair / "base" / "model.safetensors").read_bytes())
+    assert scan_checkpoints(pair / "alone.safetensors", pair / "tuned").ticket().provenance.tokens == (None, None)
+
+
+def test_no_code_of_a_checkpoint_is_run(pair):
+    TOY.save_pretrained(pair / "base")
+    about = pair / "base" / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    about.write_text(json.dumps(json.loads(about.read_text()) | own))
+    (pair / "base" / "own.py").write_text(f"open({str(pair / 'was run')!r}, 'w')\n")
+    with contextlib.suppress(ValueError):
+        scan_checkpoints(pair / "base", pair / "tuned").ticket()
+    assert not (pair / "was run").exists()
+
+
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("both", [True, False])
+def test_tied_checkpoints_share_their_rows(kind, both, tmp_path):
+    base, tuned = tiny_model(kind, hidden=64), tiny_model(kind, hidden=64)
+    with torch.no_grad():
+        if not both:  # the tuned checkpoint has an output of its own, so that rows moved in the input only
+            tuned.config.tie_word_embeddings = False
+            tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight.clone())
+        tuned.get_input_embeddings().weight[[5, 9]] *= 4
+    save(base, tmp_path / "base")
+    save(tuned, tmp_path / "tuned")
+    before, after = (Checkpoint(tmp_path / name) for name in ("base", "tuned"))
+    assert (before.tied, after.tied) == (True, both)
+    if not both:
+        file = tmp_path / "base" / "model.safetensors"  # as some tools store tied weights: twice
+        state = {name: before[name][:] for name in before.names}
+        save_file(state | {"lm_head.weight": state[before.embedding()].clone()}, file)
+    ticket = scan_checkpoints(tmp_path / "base", tmp_path / "tuned").ticket()
+    assert ticket.provenance.tied_embeddings and ticket.rows.mode == ("shared" if both else "input_only")
+    with torch.no_grad():
+        x = torch.tensor([[1, 5, 9, 20]])
+        with ticket.rows.applied(base):
+            assert torch.allclose(base(x).logits, tuned(x).logits, atol=1e-6)
+
+
+def test_a_ticket_of_another_matrix_has_no_rows_and_of_no_change_has_no_ids(pair):
+    scan = scan_checkpoints(pair / "base", pair / "tuned", tensor="lm_head.weight")
+    assert isinstance(scan, CheckpointScan) and scan.tensor == "lm_head.weight"
+    ticket = scan.ticket(top_k=3)
+    assert ticket.rows is None and len(ticket.ids) == 3 and ticket.provenance.tokens == (None,) * 3
+    same = scan_checkpoints(pair / "base", pair / "base").ticket()
+    assert not len(same.ids) and same.provenance.changed == 0 and len(same.rows) == 0
+
+
+def test_equal_checkpoints_are_not_advised_to_tune_longer(pair):
+    advice = scan_checkpoints(pair / "base", pair / "base").ticket().advice
+    assert "same" in advice and "lr_embed" not in advice and "epochs" not in advice
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_what_changed_is_counted_whatever_the_criterion(pair, criterion):
+    scan = scan_checkpoints(pair / "base", pair / "tuned", criterion=criterion, counts=range(64))
+    facts = scan.ticket(top_k=3).provenance
+    assert facts.changed == 2 and facts.selection.criterion == criterion and facts.selection.top_k == 3
+
+
+def test_a_tensor_may_be_named_where_no_embedding_is_recognised(tmp_path):
+    weight = torch.randn(30, 64, generator=torch.Generator().manual_seed(0))
+    for name in ("base", "tuned"):
+        save_file({"tokens": weight * torch.tensor([1 if name == "base" else 3])}, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    with pytest.raises(ValueError, match="name one with tensor="):
+        scan_checkpoints(*files)
+    assert len(scan_checkpoints(*files, tensor="tokens").ticket().ids) == 30
+
+
+def test_bad_values_are_refused_before_anything_is_read(pair, monkeypatch):
+    scan = scan_checkpoints(pair / "base", pair / "tuned")
+    bare = scan_checkpoints(pair / "base", pair / "tuned", criterion="l2")
+    monkeypatch.setattr("kslottery.checkpoints._Slices.__getitem__", lambda self, rows: 1 / 0)
+    for call, words in (
+        (lambda: scan_checkpoints(pair / "base", pair / "tuned", criterion="l3"), "choose ks"),
+        (lambda: scan_checkpoints(pair / "base", pair / "tuned", criterion="frequency"), "needs counts"),
+        (lambda: scan_checkpoints(pair / "base", pair / "tuned", counts=[1, 2]), "each of the 64 rows, not 2"),
+        (lambda: scan_checkpoints(pair / "base", pair / "tuned", tensor="wte"), "no tensor wte"),
+        (lambda: scan_all(pair / "base", pair / "tuned", alpha=2), "alpha is 2"),
+        (lambda: scan_all(pair / "base", pair / "tuned", per="head"), "per is 'head'"),
+        (lambda: scan.ticket(alpha=2), "alpha is 2"),
+        (lambda: scan.ticket(top_k=-1), "top_k is -1"),
+        (lambda: scan.ticket(top_k=99), r"top\(99\)"),
+        (lambda: scan.ticket(correction="holm"), "bonferroni"),
+        (lambda: bare.ticket(), "--top-k"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"correction": "bonferroni"}])
+def test_the_figures_of_a_scan_show_the_ticket(pair, options, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("kslottery.checkpoints.png", lambda plot, *args: drawn.append(plot(*args)) or b"")
+    scan = scan_checkpoints(pair / "base", pair / "tuned", criterion="ks")
+    ticket = scan.ticket(0.05, **options)
+    files = scan_figures(scan, ticket, counts=range(64), everything=True, progress=False)
+    assert list(files) == ["rank.png", "pvalues.png", "frequency.png", "layers.png", "layers.json"]
+    said = [[t.get_text() for t in ax.get_legend().get_texts()] for ax in (drawn[0], drawn[2])]
+    assert all(f"{len(ticket.ids)} rows" in text[1] for text in said)
+    assert list(scan_figures(scan, ticket)) == ["rank.png", "pvalues.png"]
+    plt.close("all")
+
+
 def test_columns_and_tensors_are_scipys(pair):
     model = tiny_model("llama", hidden=64, seed=1)
     save(model, pair / "other")
@@ -141,49 +200,10 @@ def test_columns_and_tensors_are_scipys(pair):
     name = "model.layers.0.mlp.up_proj.weight"
     x, y = a[name][:].numpy(), b[name][:].numpy()
     assert columns[name].statistic.tolist() == [stats.ks_2samp(x[:, j], y[:, j]).statistic for j in range(x.shape[1])]
-    assert whole[name].statistic[0] == round(stats.ks_2samp(x.ravel(), y.ravel(), method="asymp").statistic * x.size) / x.size
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), d=st.integers(2, 60))
-def test_criteria_are_what_they_say(seed, d):
-    before, after = awkward("gaussian", (8, d), np.random.default_rng(seed))
-    after[2] = before[2]
-    delta = after - before
-    value = {c: scan_rows(before, after, c, counts=np.arange(8)) for c in CRITERIA}
-    assert np.allclose(value["l2"].statistic, np.sqrt((delta.astype(float) ** 2).sum(1)), rtol=1e-5)
-    assert np.array_equal(value["max"].statistic.astype(np.float32), np.abs(delta).max(1))
-    assert np.allclose(value["wasserstein"].statistic, [stats.wasserstein_distance(a, b) for a, b in zip(before, after)], rtol=1e-4, atol=1e-7)
-    assert np.array_equal(value["ks"].statistic, ks_statistic(before, after))
-    expected = [stats.binomtest(int((x > 0).sum()), int((x != 0).sum())).pvalue if (x != 0).any() else 1 for x in delta]
-    assert np.allclose(value["sign"].pvalue, expected, rtol=1e-9)
-    assert abs(value["lota"].statistic.sum() - 0.1 * delta.size) <= 1 + 1e-3 * delta.size
-    for c, scan in value.items():
-        assert len(scan.statistic) == 8 and (c == "frequency" or scan.statistic[2] == 0)
-        if scan.pvalue is None:
-            with pytest.raises(ValueError, match="top"):
-                scan.select(0.05)
-            assert scan.top(3).tolist() == np.lexsort((np.arange(8), -scan.statistic))[:3].tolist()
-
-
-def test_the_null_moves_what_moved_by_the_common_amount():
-    rng = np.random.default_rng(0)
-    before = rng.normal(size=(300, 128)) * rng.choice([0.01, 1.0], (300, 1))
-    after = before + 0.1 * rng.normal(size=before.shape)
-    after[::3] = before[::3]
-    real, null = ks_scan(before, after), equal_move_null(before, after)
-    assert (null.statistic[::3] == 0).all() and set(real.select(0.05)) == set(null.select(0.05))  # the small rows that moved
-
-
-def test_bad_criteria():
-    x = np.zeros((3, 4))
-    for options, words in (
-        ({"criterion": "l3"}, "choose ks"),
-        ({"criterion": "frequency"}, "needs counts"),
-        ({"criterion": "lota", "lota_share": 2}, "lota_share is 2"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            scan_rows(x, x, **options)
+    assert (
+        whole[name].statistic[0]
+        == round(stats.ks_2samp(x.ravel(), y.ravel(), method="asymp").statistic * x.size) / x.size
+    )
 
 
 STREAM = """
@@ -192,7 +212,8 @@ from pathlib import Path
 import numpy, torch, safetensors.torch, numba, scipy.stats, tqdm
 from kslottery.checkpoints import scan_checkpoints
 from kslottery.ks import ks_scan
-anonymous = lambda: int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1]) / 1024
+status = lambda: Path("/proc/self/status").read_text().splitlines()
+anonymous = lambda: int(next(l for l in status() if l.startswith("RssAnon")).split()[1]) / 1024
 ks_scan(numpy.zeros((4, 8)), numpy.ones((4, 8)))  # compile
 start, peak, done = anonymous(), [0], threading.Event()
 def watch():
@@ -213,7 +234,10 @@ def peak_of_scan(tmp_path, V, d):
     save_file({"model.embed_tokens.weight": weight}, tmp_path / "tuned.safetensors")
     del weight
     said = subprocess.run(
-        [sys.executable, "-c", STREAM, str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", STREAM, str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors")],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     return float(said.split()[0]), int(said.split()[1])
 
@@ -233,11 +257,14 @@ def test_streaming_two_llama_3_embeddings(tmp_path):
 def test_the_command_writes_a_ticket(pair):
     (pair / "counts.json").write_text(json.dumps(list(range(64))))
     out = pair / "ticket"
-    status, said, error = kslottery("scan", pair / "base", pair / "tuned", "--out", out, "--all", "--counts", pair / "counts.json")
+    status, said, error = kslottery(
+        "scan", pair / "base", pair / "tuned", "--out", out, "--all", "--counts", pair / "counts.json"
+    )
     assert status == 0, error
-    assert "2 of 64 rows of model.embed_tokens.weight" in said
+    assert "2 of 64 rows" in said
     ticket = Ticket.load(out)
-    assert sorted(ticket.ids) == [5, 9] and ticket.info["alpha"] == 0.05 and len(ticket.scan.statistic) == 64
+    assert sorted(ticket.ids) == [5, 9] and ticket.provenance.selection.alpha == 0.05
+    assert len(ticket.scan.statistic) == 64
     base, tuned = (tiny_model("llama", hidden=64) for _ in range(2))
     with torch.no_grad():
         tuned.get_input_embeddings().weight[[5, 9]] *= 4
@@ -254,14 +281,18 @@ def test_the_command_writes_a_ticket(pair):
 
 @pytest.mark.parametrize("criterion", ["l2", "sign", "wasserstein"])
 def test_the_command_with_another_criterion(pair, criterion):
-    status, said, error = kslottery("scan", pair / "base", pair / "tuned", "--criterion", criterion, "--top-k", 2, "--json", "--out", pair / "t")
+    status, said, error = kslottery(
+        "scan", pair / "base", pair / "tuned", "--criterion", criterion, "--top-k", 2, "--json", "--out", pair / "t"
+    )
     assert status == 0, error
     assert sorted(json.loads(said)["ids"]) == [5, 9] and Ticket.load(pair / "t").scan.criterion == criterion
 
 
 def test_the_command_on_another_tensor_and_with_nothing_found(pair):
-    status, said, error = kslottery("scan", pair / "base", pair / "tuned", "--tensor", "lm_head.weight", "--out", pair / "t")
-    assert status == 0 and "0 of 64 rows" in said and "top-k" in said, error
+    status, said, error = kslottery(
+        "scan", pair / "base", pair / "tuned", "--tensor", "lm_head.weight", "--out", pair / "t"
+    )
+    assert status == 0 and "0 of 64 rows" in said and "hold the same matrix" in said, error
     assert len(Ticket.load(pair / "t").ids) == 0
 
 
@@ -291,10 +322,12 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(pair):
         (pair / "tuned", "--top-k", "99"): "top(99)",
     }
     for words, sentence in cases.items():
-        status, said, error = kslottery("scan", pair / "base", *words, "--out", pair / "t")
-        assert status == 2 and sentence in error and "Traceback" not in error and len(error.strip().splitlines()[-1]) > 20, (words, error)
+        status, said, error = invoke("scan", pair / "base", *words, "--out", pair / "t")
+        assert (
+            status == 2 and sentence in error and "Traceback" not in error and len(error.strip().splitlines()[-1]) > 20
+        ), (words, error)
         assert not (pair / "t").exists() and not list(pair.glob(".t-*"))
-    assert kslottery("scan", pair / "base", half, "--round", "--out", pair / "t")[0] == 0
+    assert invoke("scan", pair / "base", half, "--round", "--out", pair / "t")[0] == 0
     status, _, error = kslottery("scan", pair / "base", pair / "tuned", "--out", pair / "base")
     assert status == 2 and "something else" in error and Checkpoint(pair / "base").names
 
@@ -303,10 +336,22 @@ def test_ctrl_c_writes_nothing(tmp_path):
     weight = torch.randn(60_000, 1024).bfloat16()
     save_file({"model.embed_tokens.weight": weight}, tmp_path / "a.safetensors")
     save_file({"model.embed_tokens.weight": weight * 1.1}, tmp_path / "b.safetensors")
-    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell without job control starts its children deaf to it
-    command = [sys.executable, "-c", hearing + "from kslottery.cli import main; main()", "scan", "a.safetensors", "b.safetensors", "--out", "t"]
+    # a shell without job control starts its children deaf to it
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [
+        sys.executable,
+        "-c",
+        hearing + "from kslottery.cli import main; main()",
+        "scan",
+        "a.safetensors",
+        "b.safetensors",
+        "--out",
+        "t",
+    ]
     side = tmp_path / "progress"
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "KSLOTTERY_PROGRESS": str(side)})
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "KSLOTTERY_PROGRESS": str(side)}
+    )
     for _ in range(600):
         if side.exists() and "KS scan" in side.read_text():
             break
@@ -314,13 +359,3 @@ def test_ctrl_c_writes_nothing(tmp_path):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "interrupted; nothing was written" in error and not (tmp_path / "t").exists()
-
-
-@pytest.mark.gpu
-def test_the_torch_engine_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    before, after = awkward("gaussian", (500, 4096), np.random.default_rng(0))
-    expected = ks_scan(before, after)
-    assert np.array_equal(ks_scan(torch.tensor(before).cuda(), torch.tensor(after).cuda()).statistic, expected.statistic)
-    assert np.array_equal(ks_scan(before, after, device="cuda").statistic, expected.statistic)

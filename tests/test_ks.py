@@ -1,6 +1,7 @@
-"""The scan against scipy and against exact rational arithmetic, on rows made to be awkward."""
+"""The scan against scipy and against exact rational arithmetic, on rows made to be awkward; every engine; criteria."""
 
 import math
+import sys
 from fractions import Fraction
 from functools import cache
 from itertools import accumulate
@@ -12,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kslottery.ks import Scan, critical_value, ks_pvalue, ks_scan, ks_statistic
+from conftest import TOY, tiny_model
+from kslottery.ks import (
+    CRITERIA,
+    Scan,
+    _compiled,
+    critical_value,
+    equal_move_null,
+    ks_pvalue,
+    ks_scan,
+    ks_statistic,
+    scan_rows,
+)
+from kslottery.rows import TunedRows
 
 
 def awkward(kind, shape, rng):
@@ -126,7 +139,9 @@ def test_corrections_are_the_textbooks():
     scan = Scan(1 - p, p, 10)
     assert scan.select(0.05).tolist() == [0, 1, 2, 3, 4]
     assert scan.select(0.05, "bonferroni").tolist() == [0]
-    assert scan.select(0.05, "bh").tolist() == np.flatnonzero(stats.false_discovery_control(p) < 0.05).tolist() == [0, 1]
+    assert (
+        scan.select(0.05, "bh").tolist() == np.flatnonzero(stats.false_discovery_control(p) < 0.05).tolist() == [0, 1]
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -140,10 +155,197 @@ def test_tickets_are_nested(seed):
 
 
 def test_level_holds_for_independent_samples():
-    "Under independence at most alpha of the rows pass: 4000 rows, the count stays under the 1 - 1e-6 quantile of Binomial(4000, .05) (flake rate below 1e-6; the seed is fixed)."
+    """Under independence at most alpha of 4000 rows pass, up to a quantile of 1 - 1e-6 (the seed is fixed)."""
     rng = np.random.default_rng(0)
     passed = len(ks_scan(rng.normal(size=(4000, 100)), rng.normal(size=(4000, 100))).select(0.05))
     assert 0 < passed <= stats.binom.ppf(1 - 1e-6, 4000, 0.05)
+
+
+class View:
+    """The least that a view must be: a matrix of which some rows are read in another version, always in fp32."""
+
+    def __init__(self, base, ids, rows):
+        self.base, self.ids, self.rows, self.shape, self.dtype = base, ids, rows, base.shape, torch.float32
+
+    def __getitem__(self, rows):
+        whole = self.base.to(torch.float32, copy=True)
+        whole[self.ids] = self.rows
+        return whole[rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_view_is_compared_with_its_base_whatever_the_dtypes(dtype):
+    base = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    view = View(base, [3, 30], 3 * base[[3, 30]].float())
+    for scan in (ks_scan(base, view), ks_scan(view, base)):
+        assert np.flatnonzero(scan.statistic).tolist() == [3, 30]
+    merged = base.to(torch.float32, copy=True)
+    merged[[3, 30]] = view.rows
+    assert np.array_equal(ks_scan(base.float(), merged).statistic, ks_scan(base, view).statistic)
+    if dtype is not torch.float32:
+        with pytest.raises(ValueError, match="--round"):
+            ks_scan(base.clone(), view)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_matrix_of_tuned_rows_is_scanned_as_a_merged_model(kind, dtype):
+    model = tiny_model(kind, hidden=64).to(dtype)
+    before = model.get_input_embeddings().weight
+    rows = TunedRows.of(model, [5, 9], "input_only")
+    with torch.no_grad():
+        rows.weight *= 4
+    merged = before.detach().float().clone()
+    merged[[5, 9]] = rows.weight.detach()
+    scan = ks_scan(before, rows.matrix(model))
+    assert np.array_equal(scan.statistic, ks_scan(before.detach().float(), merged).statistic)
+    assert sorted(scan.select(0.05)) == [5, 9] and np.flatnonzero(scan.statistic).tolist() == [5, 9]
+
+
+def test_a_scan_as_a_table():
+    scan = Scan(np.array([0.5, 0.9, 0.8]), np.array([0.01, 1e-9, 1e-5]), 64)
+    frame = scan.to_frame(TOY, counts=[7, 8, 9])
+    assert list(frame) == ["token", "id", "statistic", "pvalue", "count"]
+    assert frame["id"].tolist() == scan.top(3).tolist() == [1, 2, 0]
+    assert frame["token"].tolist() == ["t1", "t2", "t0"] and frame["count"].tolist() == [8, 9, 7]
+    assert list(Scan(scan.statistic, None, 64, "l2").to_frame()) == ["id", "statistic"]
+    assert scan.to_frame(TOY, top=2)["token"].tolist() == ["t1", "t2"] and len(scan.to_frame(top=9)) == 3
+
+
+def test_a_scan_shows_rows_and_no_raw_arrays():
+    before, after = awkward("gaussian", (2000, 256), np.random.default_rng(0))
+    after[5:] = before[5:]
+    for scan in (ks_scan(before, after), ks_scan(before, after, decide=0.05)):
+        said = repr(scan)
+        assert "2,000 rows of 256 numbers by ks" in said and f"{len(scan.select(0.05))} with p below 0.05" in said
+        assert str(scan.top(1)[0]) in said and "array" not in said and len(said.splitlines()) < 12
+        assert "<table" in scan._repr_html_() and "array" not in scan._repr_html_()
+    named = repr(scan_rows(before, after, "relative"))
+    assert "by relative" in named and "relative" in named.splitlines()[1] and "with p" not in named
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    d=st.integers(1, 300),
+    seed=st.integers(0, 2**32 - 1),
+    wide=st.booleans(),
+    alpha=st.sampled_from([0.5, 0.05, 0.001]),
+)
+def test_every_engine_and_the_decision_agree(kind, d, seed, wide, alpha):
+    before, after = awkward(kind, (6, d), np.random.default_rng(seed))
+    after[0] = before[0]
+    if wide:
+        before, after = before.astype(np.float64), after.astype(np.float64)
+    plain = ks_statistic(before, after, engine="plain")
+    assert np.array_equal(plain, ks_statistic(before, after, engine="torch"))
+    assert np.array_equal(plain, ks_statistic(before, after, engine="binned"))
+    full, decided = ks_scan(before, after), ks_scan(before, after, decide=alpha)
+    assert full.select(alpha).tolist() == decided.select(alpha).tolist()
+    assert full.select(alpha, "bh").tolist() == decided.select(alpha, "bh").tolist()
+    won = full.pvalue < alpha
+    assert np.array_equal(full.statistic[won], decided.statistic[won]) and np.isnan(decided.statistic[~won]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [1024, 4096])
+def test_the_binning_engine_at_the_width_of_models(kind, d):
+    before, after = awkward(kind, (12, d), np.random.default_rng(3))
+    after[1] = before[1] + np.float32(1e-4) * np.random.default_rng(4).normal(size=d).astype(np.float32)
+    before[2, 0] = 1e30  # one huge outlier spoils the bins, not the result
+    expected = ks_statistic(before, after, engine="plain")
+    assert np.array_equal(expected, ks_statistic(before, after, engine="binned"))
+
+
+def test_known_pvalues_and_the_integer_decision():
+    assert abs(ks_pvalue(0.0546875, 4096) / 9.526161380350235e-06 - 1) < 1e-13
+    assert abs(ks_pvalue(0.029296875, 4096) / 0.05945249341641134 - 1) < 1e-13
+    k = round(critical_value(0.05, 4096) * 4096)
+    assert ks_pvalue(k / 4096, 4096) < 0.05 <= ks_pvalue((k - 1) / 4096, 4096)
+    for d in (10_001, 16_384, 100_000):  # scipy's asymptotic value is close out there; ours has no gap at any d
+        D = round(0.02 * d) / d
+        assert abs(ks_pvalue(D, d) / stats.kstwobign.sf(D * np.sqrt(d / 2)) - 1) < 0.02
+
+
+def test_a_decision_says_what_it_is():
+    before, after = awkward("gaussian", (40, 200), np.random.default_rng(0))
+    scan = ks_scan(before, after, decide=0.01)
+    assert scan.decided == 0.01 and len(scan.select(0.001)) <= len(scan.select(0.01))
+    with pytest.raises(ValueError, match="0.01 only, not at 0.05"):
+        scan.select(0.05)
+    with pytest.raises(ValueError, match="decided only"):
+        scan.top(40)
+
+
+def test_without_numba_the_plain_engine_serves(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    _compiled.cache_clear()
+    try:
+        assert _compiled() is None
+        before, after = awkward("gaussian", (5, 60), np.random.default_rng(0))
+        assert ks_statistic(before, after).tolist() == ks_statistic(before, after, engine="plain").tolist()
+    finally:
+        monkeypatch.undo()
+        _compiled.cache_clear()
+
+
+def test_rounding_both_sides():
+    before = torch.randn(50, 128)
+    after = before.bfloat16()
+    after[3] *= 3
+    with pytest.raises(ValueError, match="--round"):
+        ks_scan(before, after)
+    scan = ks_scan(before, after, round=True)
+    assert np.flatnonzero(scan.statistic).tolist() == [3]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), d=st.integers(2, 60))
+def test_criteria_are_what_they_say(seed, d):
+    before, after = awkward("gaussian", (8, d), np.random.default_rng(seed))
+    after[2] = before[2]
+    delta = after - before
+    value = {c: scan_rows(before, after, c, counts=np.arange(8)) for c in CRITERIA}
+    assert np.allclose(value["l2"].statistic, np.sqrt((delta.astype(float) ** 2).sum(1)), rtol=1e-5)
+    assert np.array_equal(value["max"].statistic.astype(np.float32), np.abs(delta).max(1))
+    assert np.allclose(
+        value["wasserstein"].statistic,
+        [stats.wasserstein_distance(a, b) for a, b in zip(before, after)],
+        rtol=1e-4,
+        atol=1e-7,
+    )
+    assert np.array_equal(value["ks"].statistic, ks_statistic(before, after))
+    expected = [stats.binomtest(int((x > 0).sum()), int((x != 0).sum())).pvalue if (x != 0).any() else 1 for x in delta]
+    assert np.allclose(value["sign"].pvalue, expected, rtol=1e-9)
+    assert abs(value["lota"].statistic.sum() - 0.1 * delta.size) <= 1 + 1e-3 * delta.size
+    for c, scan in value.items():
+        assert len(scan.statistic) == 8 and (c == "frequency" or scan.statistic[2] == 0)
+        if scan.pvalue is None:
+            with pytest.raises(ValueError, match="top"):
+                scan.select(0.05)
+            assert scan.top(3).tolist() == np.lexsort((np.arange(8), -scan.statistic))[:3].tolist()
+
+
+def test_the_null_moves_what_moved_by_the_common_amount():
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=(300, 128)) * rng.choice([0.01, 1.0], (300, 1))
+    after = before + 0.1 * rng.normal(size=before.shape)
+    after[::3] = before[::3]
+    real, null = ks_scan(before, after), equal_move_null(before, after)
+    assert (null.statistic[::3] == 0).all() and set(real.select(0.05)) == set(
+        null.select(0.05)
+    )  # the small rows that moved
+
+
+def test_bad_criteria():
+    x = np.zeros((3, 4))
+    for options, words in (
+        ({"criterion": "l3"}, "choose ks"),
+        ({"criterion": "frequency"}, "needs counts"),
+        ({"criterion": "lota", "lota_share": 2}, "lota_share is 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            scan_rows(x, x, **options)
 
 
 good = np.zeros((3, 4), np.float32)
@@ -171,3 +373,15 @@ def test_bad_input_gets_one_sentence(call, words):
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_the_torch_engine_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    before, after = awkward("gaussian", (500, 4096), np.random.default_rng(0))
+    expected = ks_scan(before, after)
+    assert np.array_equal(
+        ks_scan(torch.tensor(before).cuda(), torch.tensor(after).cuda()).statistic, expected.statistic
+    )
+    assert np.array_equal(ks_scan(before, after, device="cuda").statistic, expected.statistic)

@@ -1,4 +1,4 @@
-"""The loss at targets only is the model's own loss, and its gradient the plain gradient; what it does not fit keeps the plain way."""
+"""The loss at targets only is the model's own loss, its gradient the plain one; what it does not fit keeps its own."""
 
 import pytest
 import torch
@@ -8,19 +8,21 @@ from transformers import CohereConfig, CohereForCausalLM, MixtralConfig, Mixtral
 from conftest import ARCHITECTURES, examples, tiny_model
 from kslottery.data import collate
 from kslottery.rows import TunedRows
-from kslottery.tuning import _frozen_head, _HeadLoss, _Wrapped, active_ids, target_loss
+from kslottery.training import _frozen_head, _HeadLoss, _Learner, target_loss
+from kslottery.tuning import active_ids
 
 
 def loss_and_gradient(model, rows, batch, lean, count=None):
-    wrapped = _Wrapped(model, rows)
-    assert wrapped.lean
-    wrapped.lean = lean
-    rows.rows.grad = None
+    learner = _Learner(model, rows)
+    assert learner.lean
+    learner.lean = lean
+    rows.weight.grad = None
     with rows.applied(model):
-        loss = wrapped(**batch, num_items_in_batch=count)["loss"]
+        loss = learner(**batch, count=count)
         loss.backward()
-    assert "forward" not in vars(model.get_output_embeddings())  # the head is itself again
-    return loss.detach(), rows.rows.grad.clone()
+    with torch.no_grad():  # the head is itself again
+        assert model(input_ids=batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, 64)
+    return loss.detach(), rows.weight.grad.clone()
 
 
 @pytest.mark.parametrize("count", [None, 500])
@@ -49,7 +51,11 @@ def test_chunks_add_up(chunk):
 
 def test_a_bias_is_read():
     torch.manual_seed(0)
-    hidden, labels, head = torch.randn(2, 5, 8, requires_grad=True), torch.randint(0, 20, (2, 5)), torch.nn.Linear(8, 20).requires_grad_(False)
+    hidden, labels, head = (
+        torch.randn(2, 5, 8, requires_grad=True),
+        torch.randint(0, 20, (2, 5)),
+        torch.nn.Linear(8, 20).requires_grad_(False),
+    )
     expected = torch.nn.functional.cross_entropy(head(hidden[:, :-1]).reshape(-1, 20), labels[:, 1:].reshape(-1))
     assert torch.isclose(target_loss(hidden, labels, head), expected, rtol=1e-6)
 
@@ -64,7 +70,15 @@ def test_bf16_agrees_with_its_plain_path():
 
 
 def test_what_keeps_its_own_loss():
-    shape = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_key_value_heads=1, pad_token_id=0)
+    shape = dict(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_key_value_heads=1,
+        pad_token_id=0,
+    )
     scaled = CohereForCausalLM(CohereConfig(**shape, logit_scale=0.5)).requires_grad_(False)
     experts = MixtralForCausalLM(MixtralConfig(**shape, output_router_logits=True)).requires_grad_(False)
     capped = tiny_model("gemma").requires_grad_(False)

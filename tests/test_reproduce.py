@@ -1,4 +1,4 @@
-"""The parameter sets of "Reproduce the paper": each is a YAML file that papermill reads and the notebook understands."""
+"""The parameter sets of "Reproduce the paper": YAML files that papermill reads and the notebook understands."""
 
 import json
 
@@ -29,7 +29,9 @@ def test_there_is_one_for_the_built_in_model_and_one_for_7b():
 def test_a_set_names_every_parameter_of_the_notebook(path, defaults):
     given = yaml.safe_load(path.read_text())
     assert given.keys() == defaults.keys() == papermill.inspect_notebook(str(TUTORIALS / "reproduce.ipynb")).keys()
-    assert {n: type(v) for n, v in given.items()} == {n: type(v) for n, v in defaults.items()}  # 2e-5 without a point is a text to YAML
+    assert {n: type(v) for n, v in given.items()} == {
+        n: type(v) for n, v in defaults.items()
+    }  # 2e-5 without a point is a text to YAML
     assert given["template"] in TEMPLATES and given["metric"] in METRICS
     assert given["batch_size"] % given["accumulate"] == 0 and given["train"] != given["test"] and not given["fast"]
     assert critical_value(given["alpha"], 4096) > 0 and min(int(k) for k in given["sizes"].split(",")) > 0
@@ -60,7 +62,9 @@ def test_the_set_for_7b_is_the_recipe():
     )
     assert {n: given[n] for n in recipe} == recipe
     names = [language_names(d) for d in given["languages"].split(",")]
-    assert names == [("English", x) for x in ("Catalan", "Spanish", "German", "Romanian")]  # a code that is not known would stand in the prompt
+    assert names == [
+        ("English", x) for x in ("Catalan", "Spanish", "German", "Romanian")
+    ]  # a code that is not known would stand in the prompt
 
 
 def test_files_are_found_for_each_direction(tmp_path):

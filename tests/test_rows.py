@@ -1,11 +1,20 @@
 """The row mechanism on every architecture: what it reads, what it leaves alone, and who may read it."""
 
 import copy
+import resource
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, M2M100Config, M2M100ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from conftest import ARCHITECTURES, TIED, talker, tiny_model
 from kslottery.data import Example, Role, collate
@@ -17,6 +26,11 @@ GREEDY = dict(attention_mask=torch.ones_like(X), max_new_tokens=8, do_sample=Fal
 
 def random_rows(ids=(3, 7, 9), d=16, seed=0, mode="input_only"):
     return TunedRows(ids, torch.randn(len(ids), d, generator=torch.Generator().manual_seed(seed)), mode)
+
+
+def merged(rows, model):
+    "A copy of the model with the rows written into it."
+    return rows.write(copy.deepcopy(model))
 
 
 def state(model):
@@ -31,14 +45,14 @@ def test_reading_equals_merging_and_leaves_no_trace(model, dtype):
         plain = model(X).logits
         with rows.applied(model):
             read = model(X).logits
-        merged = rows.merged(model)
-        assert torch.equal(read, merged(X).logits) and not torch.equal(read, plain)
+        written = merged(rows, model)
+        assert torch.equal(read, written(X).logits) and not torch.equal(read, plain)
         assert torch.equal(model(X).logits, plain)
     after = state(model)
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert not model.get_input_embeddings()._forward_hooks
-    base, changed = (m.get_input_embeddings().weight for m in (model, merged))
-    assert torch.equal(changed[[3, 7, 9]], rows.rows.to(dtype))
+    base, changed = (m.get_input_embeddings().weight for m in (model, written))
+    assert torch.equal(changed[[3, 7, 9]], rows.weight.to(dtype))
     others = np.setdiff1d(np.arange(64), [3, 7, 9])
     assert torch.equal(changed[others], base[others])
 
@@ -61,7 +75,7 @@ def test_gradients_reach_the_rows_and_nothing_else(model):
     rows = random_rows()
     with rows.applied(model):
         model(X, labels=X).loss.backward()
-    assert (rows.rows.grad.abs().sum(1) > 0).all() and all(p.grad is None for p in model.parameters())
+    assert (rows.weight.grad.abs().sum(1) > 0).all() and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -69,29 +83,47 @@ def test_gates_open_and_shut_in_generation(model, beams):
     rows = random_rows(range(64), seed=1)
     roles = torch.tensor([[0, 1, 2, 2, 1], [0, 0, 1, 2, 1]])
     settings = dict(
-        attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=63
+        attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]),
+        max_new_tokens=6,
+        num_beams=beams,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=63,
     )
-    plain, merged = (m.generate(X, **settings) for m in (model, rows.merged(model)))
+    plain, changed = (m.generate(X, **settings) for m in (model, merged(rows, model)))
     for cache in (True, False):
-        for gate, expected in ((list(Role), merged), ([], plain)):
+        for gate, expected in ((list(Role), changed), ([], plain)):
             with rows.applied(model, roles=roles, read_by=gate):
                 assert torch.equal(model.generate(X, use_cache=cache, **settings), expected)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_history_gate_reads_each_generated_token(kind):
-    "Rows read by the target only: generation under the cache equals a whole pass over prompt and history with the gate on the history."
+    """Rows read by the target only.
+
+    Generation under the cache equals a whole pass over prompt and history with the gate on the history.
+    """
     model, rows = tiny_model(kind), random_rows(range(64), seed=2)
     roles = torch.tensor([[0, 1, 2, 2, 1]])
     with rows.applied(model, roles=roles, read_by=[Role.TARGET]), torch.no_grad():
-        out = model.generate(X[:1], attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=63)
+        out = model.generate(
+            X[:1],
+            attention_mask=torch.ones(1, 5, dtype=torch.long),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=63,
+        )
         greedy = model(out).logits.argmax(-1)
     assert torch.equal(greedy[0, 4:-1], out[0, 5:])
 
 
 def test_roles_of_another_batch_are_refused():
     model, rows = tiny_model("llama"), random_rows()
-    with pytest.raises(ValueError, match="pass the roles of this batch"), rows.applied(model, roles=torch.ones(2, 5, dtype=torch.long), read_by=[Role.SOURCE]):
+    with (
+        pytest.raises(ValueError, match="pass the roles of this batch"),
+        rows.applied(model, roles=torch.ones(2, 5, dtype=torch.long), read_by=[Role.SOURCE]),
+    ):
         model(torch.ones(3, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="both roles"), rows.applied(model, read_by=[Role.SOURCE]):
         pass
@@ -99,18 +131,22 @@ def test_roles_of_another_batch_are_refused():
 
 def test_noise_keeps_the_norm_and_the_others():
     model = tiny_model("llama")
-    rows = TunedRows([3, 7], TunedRows.of(model, [3, 7]).rows + torch.randn(2, 16))
+    rows = TunedRows([3, 7], TunedRows.of(model, [3, 7]).weight + torch.randn(2, 16))
     noise = rows.noise(model, seed=4)
     assert torch.allclose(noise.delta(model).norm(dim=1), rows.delta(model).norm(dim=1), rtol=1e-4)
-    assert torch.equal(noise.rows, rows.noise(model, seed=4).rows) and not torch.equal(noise.rows, rows.noise(model, seed=5).rows)
+    assert torch.equal(noise.weight, rows.noise(model, seed=4).weight) and not torch.equal(
+        noise.weight, rows.noise(model, seed=5).weight
+    )
 
 
 def test_merging_on_a_tied_model_unties_the_copy_only():
     model = tiny_model("gpt2")
     head = model.get_output_embeddings().weight.clone()
-    merged = random_rows().merged(model)
-    assert torch.equal(merged.get_output_embeddings().weight, head) and not merged.config.tie_word_embeddings
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight and model.config.tie_word_embeddings
+    written = merged(random_rows(), model)
+    assert torch.equal(written.get_output_embeddings().weight, head) and not written.config.tie_word_embeddings
+    assert (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight and model.config.tie_word_embeddings
+    )
 
 
 @pytest.mark.parametrize("mode", ["input_only", "shared"])
@@ -118,30 +154,42 @@ def test_merging_on_a_tied_model_unties_the_copy_only():
 def test_the_two_modes_of_a_tied_model(kind, mode, tmp_path):
     """The mode says whether the output follows the rows, in reading, in merging and in what is stored.
 
-    Known trouble: PEFT changed the input only, then the input and the output, of tied models (PR 2399), still treats the tie differently from case to case (issue 2864), and merging an adapter
-    into one of two tied matrices leaves it in both or in none (PR 2972).
+    Known trouble: PEFT changed the input only, then the input and the output, of tied models (PR 2399), still treats
+    the tie differently from case to case (issue 2864), and merging an adapter into one of two tied matrices leaves it
+    in both or in none (PR 2972).
     """
     model, rows = talker(kind), random_rows(mode=mode)
     base, head = state(model), model.get_output_embeddings().weight.clone()
     with torch.no_grad():
-        merged = rows.merged(model)
+        written = merged(rows, model)
         with rows.applied(model):
             read, texts = model(X).logits, [model.generate(X, num_beams=b, **GREEDY) for b in (1, 3)]
-        torch.testing.assert_close(read, merged(X).logits)
-        assert all(torch.equal(a, merged.generate(X, num_beams=b, **GREEDY)) for a, b in zip(texts, (1, 3)))
+        torch.testing.assert_close(read, written(X).logits)
+        assert all(torch.equal(a, written.generate(X, num_beams=b, **GREEDY)) for a, b in zip(texts, (1, 3)))
     assert not torch.equal(texts[0], model.generate(X, **GREEDY))
     after = state(model)
-    assert all(torch.equal(base[k], after[k]) for k in base) and is_tied(model) and not model.get_output_embeddings()._forward_hooks
-    merged.save_pretrained(tmp_path)
-    for copy_ in (merged, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+    assert (
+        all(torch.equal(base[k], after[k]) for k in base)
+        and is_tied(model)
+        and not model.get_output_embeddings()._forward_hooks
+    )
+    written.save_pretrained(tmp_path)
+    for copy_ in (written, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
         assert is_tied(copy_) == copy_.config.tie_word_embeddings == (mode == "shared")
-        assert torch.equal(copy_.get_output_embeddings().weight, copy_.get_input_embeddings().weight if mode == "shared" else head)
-        assert torch.equal(copy_.get_input_embeddings().weight[[3, 7, 9]], rows.rows) and torch.equal(copy_(X).logits, merged(X).logits)
+        assert torch.equal(
+            copy_.get_output_embeddings().weight, copy_.get_input_embeddings().weight if mode == "shared" else head
+        )
+        assert torch.equal(copy_.get_input_embeddings().weight[[3, 7, 9]], rows.weight) and torch.equal(
+            copy_(X).logits, written(X).logits
+        )
 
 
 @pytest.mark.parametrize("kind", TIED)
 def test_shared_rows_learn_from_both_places(kind):
-    "Their gradient is that of the whole tied matrix; an optimiser's step on them is the step on the matrix. The input alone has another gradient."
+    """Their gradient is that of the whole tied matrix; an optimiser's step on them is the step on the matrix.
+
+    The input alone has another gradient.
+    """
     model, whole, target = tiny_model(kind).requires_grad_(False), tiny_model(kind), X.roll(-1, dims=1)
     loss = lambda m: torch.nn.functional.cross_entropy(m(X).logits.flatten(0, 1), target.flatten())
     loss(whole).backward()
@@ -151,32 +199,45 @@ def test_shared_rows_learn_from_both_places(kind):
         rows = TunedRows.of(model, [3, 7, 9], mode)
         with rows.applied(model):
             loss(model).backward()
-        gradients[mode] = rows.rows.grad
+        gradients[mode] = rows.weight.grad
     torch.testing.assert_close(gradients["shared"], expected)
     assert not torch.allclose(gradients["input_only"], expected, rtol=0.1)
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_an_untied_model_stays_untied():
-    "The weights decide, not a flag. Known trouble: PEFT ties by the method's argument, whatever the model's configuration says (issue 2944)."
-    untied = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)).eval()
+    """The weights decide, not a flag.
+
+    Known trouble: PEFT ties by the method's argument, whatever the model's configuration says (issue 2944).
+    """
+    untied = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
+    ).eval()
     flagged = tiny_model("llama")
     flagged.config.tie_word_embeddings = True  # a flag that is wrong
     for model in (untied, flagged):
         head = model.get_output_embeddings().weight.clone()
-        merged = random_rows().merged(model)
-        assert not is_tied(model) and not is_tied(merged) and torch.equal(merged.get_output_embeddings().weight, head)
-        for use in (lambda m: random_rows(mode="shared").merged(m), lambda m: random_rows(mode="shared").applied(m).__enter__()):
+        written = merged(random_rows(), model)
+        assert not is_tied(model) and not is_tied(written)
+        assert torch.equal(written.get_output_embeddings().weight, head)
+        for use in (
+            lambda m: merged(random_rows(mode="shared"), m),
+            lambda m: random_rows(mode="shared").applied(m).__enter__(),
+        ):
             with pytest.raises(ValueError, match="does not tie.*input_only"):
                 use(model)
 
 
 def test_scaled_embeddings_scale_the_rows_too():
-    "Known trouble: PEFT's trainable tokens left out Gemma's factor sqrt(d) (issue 2809), so that tuned rows were read at a quarter of their size here."
+    """Gemma multiplies each row by sqrt(d), and ours too.
+
+    Known trouble: PEFT's trainable tokens left out this factor (issue 2809): tuned rows were read at a quarter of their
+    size here.
+    """
     model, rows = tiny_model("gemma"), random_rows()
     with rows.applied(model), torch.no_grad():
         read = model.get_input_embeddings()(X)
-    assert torch.equal(read[0, 1], rows.rows[1] * 4) and torch.equal(rows.rows, random_rows().rows)
+    assert torch.equal(read[0, 1], rows.weight[1] * 4) and torch.equal(rows.weight, random_rows().weight)
 
 
 def test_rows_beyond_the_tokenizer():
@@ -188,11 +249,11 @@ def test_rows_beyond_the_tokenizer():
     x = torch.tensor([[1, 79, 9]])
     with torch.no_grad():
         with rows.applied(model):
-            assert torch.equal(model(x).logits, rows.merged(model)(x).logits)
+            assert torch.equal(model(x).logits, merged(rows, model)(x).logits)
         model.resize_token_embeddings(96, mean_resizing=False)
         for tuned, ids in ((rows, x), (random_rows([9, 95]), x + 16)):
             with tuned.applied(model):
-                assert torch.equal(model(ids).logits, tuned.merged(model)(ids).logits)
+                assert torch.equal(model(ids).logits, merged(tuned, model)(ids).logits)
     with pytest.raises(ValueError, match="96"):
         TunedRows.of(model, [96])
 
@@ -200,10 +261,14 @@ def test_rows_beyond_the_tokenizer():
 def test_padding_with_eos_still_teaches_to_stop():
     """With pad = eos, each sentence's own EOS has a label and the padding none, and the rows learn to stop.
 
-    Known trouble: collators that mask every padding id mask the EOS too, and the model never stops (mlabonne/llm-course issue 33; huggingface/trl PR 3091).
+    Known trouble: collators that mask every padding id mask the EOS too, and the model never stops
+    (mlabonne/llm-course issue 33; huggingface/trl PR 3091).
     """
     eos, model = 2, tiny_model("llama").requires_grad_(False)
-    data = [Example("a", [1, 5, 7, eos], [-100, -100, 7, eos], [1] * 4, 2), Example("b", [1, 6, 9, 11, 13, eos], [-100, -100, 9, 11, 13, eos], [1] * 6, 2)]
+    data = [
+        Example("a", [1, 5, 7, eos], [-100, -100, 7, eos], [1] * 4, 2),
+        Example("b", [1, 6, 9, 11, 13, eos], [-100, -100, 9, 11, 13, eos], [1] * 6, 2),
+    ]
     batch = collate(data, eos)
     assert batch["input_ids"].shape == (2, 6) and batch["input_ids"][0, 4:].tolist() == [eos, eos]  # the padding
     assert (batch["labels"] == eos).sum(1).tolist() == [1, 1] and batch["labels"][0, 4:].tolist() == [-100, -100]
@@ -214,17 +279,25 @@ def test_padding_with_eos_still_teaches_to_stop():
             optimizer.zero_grad()
             model(**{k: v for k, v in batch.items() if k != "roles"}).loss.backward()
             optimizer.step()
-        out = [model.generate(torch.tensor([[1, i]]), max_new_tokens=8, do_sample=False, eos_token_id=eos, pad_token_id=eos)[0, 2:].tolist() for i in (5, 6)]
+        out = [
+            model.generate(
+                torch.tensor([[1, i]]), max_new_tokens=8, do_sample=False, eos_token_id=eos, pad_token_id=eos
+            )[0, 2:].tolist()
+            for i in (5, 6)
+        ]
     assert out == [[7, eos], [9, 11, 13, eos]]
 
 
 def test_weight_decay_reaches_the_tuned_rows_only():
-    "Known trouble: a dense embedding with masked gradients still decays everywhere (diffusers issues 1009 and 1176). Here no optimiser can see the other rows."
+    """No optimiser can see the other rows.
+
+    Known trouble: a dense embedding with masked gradients still decays everywhere (diffusers issues 1009 and 1176).
+    """
     decayed = {}
     for way in ("rows", "masked"):
         model = tiny_model("llama").requires_grad_(False)
         weight, rows = model.get_input_embeddings().weight, TunedRows.of(model, [3, 7, 9])
-        before, tuned = weight.clone(), [rows.rows] if way == "rows" else [weight.requires_grad_(True)]
+        before, tuned = weight.clone(), [rows.weight] if way == "rows" else [weight.requires_grad_(True)]
         if way == "masked":
             mask = torch.zeros(64, 1)
             mask[[3, 7, 9]] = 1
@@ -234,9 +307,12 @@ def test_weight_decay_reaches_the_tuned_rows_only():
             for _ in range(3):
                 model(X, labels=X).loss.backward()
                 optimizer.step()
-        result = rows.merged(model).get_input_embeddings().weight if way == "rows" else weight
+        result = merged(rows, model).get_input_embeddings().weight if way == "rows" else weight
         decayed[way] = (result != before).any(1).nonzero().flatten().tolist()
-    assert decayed == {"rows": [3, 7, 9], "masked": list(range(1, 64))}  # row 0, the padding's, is zero and cannot decay
+    assert decayed == {
+        "rows": [3, 7, 9],
+        "masked": list(range(1, 64)),
+    }  # row 0, the padding's, is zero and cannot decay
 
 
 def test_two_tickets_never_overwrite_each_other(model):
@@ -257,17 +333,122 @@ def test_two_tickets_never_overwrite_each_other(model):
 
 def test_arithmetic_is_that_of_the_merged_models():
     model, a, b = tiny_model("llama"), random_rows(), random_rows([9, 11], seed=1)
-    base, first, second = (m.get_input_embeddings().weight for m in (model, a.merged(model), b.merged(model)))
+    base, first, second = (m.get_input_embeddings().weight for m in (model, merged(a, model), merged(b, model)))
     for w in (0.0, 0.3, 1.0, 1.5):
-        torch.testing.assert_close(a.interpolate(b, model, w).merged(model).get_input_embeddings().weight, (1 - w) * first + w * second)
-        torch.testing.assert_close(a.scale(model, w).merged(model).get_input_embeddings().weight, base + w * (first - base))
-    assert torch.equal(a.scale(model, 1).rows, a.rows) and torch.equal(a.scale(model, 0).rows, TunedRows.of(model, a.ids).rows)
-    same = TunedRows([9, 11], torch.stack([a.rows[2].detach(), b.rows[1].detach()]))
-    assert not len(a.conflicts(same)) and a.union(same).ids.tolist() == [3, 7, 9, 11] and torch.equal(a.union(same).rows[:3], a.rows)
+        torch.testing.assert_close(
+            merged(a.interpolate(b, model, w), model).get_input_embeddings().weight, (1 - w) * first + w * second
+        )
+        torch.testing.assert_close(
+            merged(a.scale(model, w), model).get_input_embeddings().weight, base + w * (first - base)
+        )
+    assert torch.equal(a.scale(model, 1).weight, a.weight) and torch.equal(
+        a.scale(model, 0).weight, TunedRows.of(model, a.ids).weight
+    )
+    same = TunedRows([9, 11], torch.stack([a.weight[2].detach(), b.weight[1].detach()]))
+    assert (
+        not len(a.conflicts(same))
+        and a.union(same).ids.tolist() == [3, 7, 9, 11]
+        and torch.equal(a.union(same).weight[:3], a.weight)
+    )
     assert random_rows(mode="shared").restrict([3]).mode == "shared"
     for combine in (lambda x: x.union(a), lambda x: x.interpolate(a, model)):
         with pytest.raises(ValueError, match="shared.*input_only"):
             combine(random_rows([1], mode="shared"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_matrix_is_the_merged_matrix(model, dtype):
+    "Slice by slice, in fp32: the tuned rows as they are, not rounded to the model's dtype."
+    model, rows = model.to(dtype), random_rows()
+    view, weight = rows.matrix(model), model.get_input_embeddings().weight
+    expected = weight.detach().float()
+    expected[[3, 7, 9]] = rows.weight.detach()
+    assert view.base is weight and view.shape == weight.shape == (len(view), 16)
+    assert view.dtype == torch.float32 and view.device == weight.device
+    for part in (
+        slice(None),
+        slice(2, 8),
+        slice(60, 99),
+        slice(1, 20, 3),
+        np.array([9, 0, 3]),
+        torch.tensor([7, 7]),
+        [],
+    ):
+        assert torch.equal(view[part], expected[part]) and not view[part].requires_grad
+    view[0:10].zero_()  # a copy: the model is as it was
+    assert torch.equal(view[:], expected) and torch.equal(
+        weight[[3, 7, 9]], TunedRows.of(model, [3, 7, 9]).weight.to(dtype)
+    )
+    assert torch.equal(expected.to(dtype), merged(rows, model).get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="another model"):
+        random_rows(d=8).matrix(model)
+
+
+def test_the_matrix_copies_nothing():
+    "A view of a matrix of 128 MB, scanned in slices, takes no second matrix."
+    model = torch.nn.Module()
+    model.config, embedding = None, torch.nn.Embedding(250_000, 128)
+    model.get_input_embeddings = model.get_output_embeddings = lambda: embedding
+    view = random_rows(d=128).matrix(model)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    embedding.requires_grad_(False)
+    total = sum(float(view[i : i + 4096].sum()) for i in range(0, len(view), 4096))
+    assert abs(total - float(embedding.weight.sum() + (view[[3, 7, 9]] - embedding.weight[[3, 7, 9]]).sum())) < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+@pytest.mark.parametrize("mode", ["input_only", "shared"])
+@pytest.mark.parametrize("kind", TIED)
+def test_no_rows_are_rows_too(kind, mode):
+    "An empty ticket is a value: it is read, generated with, written, united and viewed."
+    model = talker(kind)
+    none = TunedRows.of(model, [], mode)
+    before = state(model)
+    with torch.no_grad():
+        plain = model(X).logits
+        texts = model.generate(X, **GREEDY)
+        with none.applied(model):
+            assert torch.equal(model(X).logits, plain) and torch.equal(model.generate(X, **GREEDY), texts)
+            assert not model.get_input_embeddings()._forward_hooks
+    if mode == "input_only":
+        with none.applied(model, roles=torch.ones_like(X), read_by=[Role.SOURCE]):
+            assert torch.equal(model.generate(X, **GREEDY), texts)
+    assert torch.equal(none.matrix(model)[:], model.get_input_embeddings().weight) and none.matrix(model)[[]].shape == (
+        0,
+        16,
+    )
+    some = random_rows(mode=mode)
+    assert none.union(some).fingerprint() == some.union(none).fingerprint() == some.fingerprint() != none.fingerprint()
+    assert (
+        len(none.noise(model))
+        == len(none.scale(model, 2.0))
+        == len(none.conflicts(some))
+        == len(none.restrict([]))
+        == 0
+    )
+    assert torch.equal(merged(none, model)(X).logits, plain) and all(
+        torch.equal(before[k], v) for k, v in state(model).items()
+    )
+
+
+def test_rows_say_what_they_are():
+    assert repr(random_rows()) == "TunedRows(3 rows of 16 numbers, input_only; ids: 3, 7, 9)"
+    assert repr(random_rows(range(9), mode="shared")).endswith("shared; ids: 0, 1, 2, 3, 4, 5, 6, 7, ...)")
+    assert repr(random_rows(())).startswith("TunedRows(0 rows of 16 numbers") and repr(random_rows(())).endswith(
+        "ids: none)"
+    )
+
+
+def test_blocks_may_end_in_any_order():
+    "What a block noted about its rows goes with it, whichever ends first."
+    model = tiny_model("llama")
+    first, second = random_rows().applied(model), random_rows([11]).applied(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    with random_rows().union(random_rows([11])).applied(model):
+        pass
 
 
 def test_int32_ids_are_read():
@@ -292,16 +473,26 @@ def test_what_is_refused():
         )
     )
     odd = copy.deepcopy(model)
-    odd.get_input_embeddings().forward = lambda ids: torch.nn.functional.embedding(ids, odd.get_input_embeddings().weight) + 1
+    odd.get_input_embeddings().forward = lambda ids: (
+        torch.nn.functional.embedding(ids, odd.get_input_embeddings().weight) + 1
+    )
     for call, words in (
         (lambda: input_embedding(t5), "T5.*encoder-decoder.*causal LM"),
         (lambda: TunedRows.of(m2m, [3]), "M2M100.*encoder-decoder.*causal LM"),
         (lambda: TunedRows([1], torch.zeros(1, 16), "output"), "'output'.*input_only or shared"),
-        (lambda: random_rows(mode="shared").applied(tiny_model("gpt2"), roles=torch.ones_like(X), read_by=[Role.SOURCE]).__enter__(), "gate input_only"),
+        (
+            lambda: (
+                random_rows(mode="shared")
+                .applied(tiny_model("gpt2"), roles=torch.ones_like(X), read_by=[Role.SOURCE])
+                .__enter__()
+            ),
+            "gate input_only",
+        ),
         (lambda: input_embedding(odd), "more than look up"),
         (lambda: TunedRows([1, 1], torch.zeros(2, 16)), "1 distinct"),
         (lambda: TunedRows([1], torch.full((1, 16), torch.inf)), "infinity"),
         (lambda: TunedRows.of(model, [64]), "64"),
+        (lambda: TunedRows.of(model, [-1]), "-1"),
         (lambda: random_rows().restrict([4]), "4"),
         (lambda: random_rows(d=8).applied(model).__enter__(), "another model"),
         (lambda: random_rows(ids=(70,)).applied(model).__enter__(), "another model"),
@@ -311,5 +502,9 @@ def test_what_is_refused():
 
 
 def test_sample_ids():
-    assert sample_ids(range(100), 10, seed=1).tolist() == sample_ids(range(100), 10, seed=1).tolist() != sample_ids(range(100), 10, seed=2).tolist()
+    assert (
+        sample_ids(range(100), 10, seed=1).tolist()
+        == sample_ids(range(100), 10, seed=1).tolist()
+        != sample_ids(range(100), 10, seed=2).tolist()
+    )
     assert len(set(sample_ids([5, 5, 6], 5).tolist())) == 2

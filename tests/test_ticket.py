@@ -1,52 +1,80 @@
-"""The ticket folder: there and back, PEFT, and faults injected for real."""
+"""The ticket folder: there and back, PEFT, what is refused, and faults injected for real."""
 
+import copy
 import json
 import os
+import re
 import resource
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, ROOT, TIED, talker, tiny_model
+from kslottery.certificate import certify_agreement
+from kslottery.data import Pair, Pairs, Prompt
+from kslottery.evaluation import Generation
 from kslottery.ks import ks_scan
 from kslottery.rows import TunedRows
-from kslottery.ticket import Ticket
+from kslottery.ticket import Provenance, Selection, Ticket
+from kslottery.tuning import Recipe
 
 X = torch.tensor([[1, 9, 4, 9, 5], [4, 9, 3, 3, 7]])
 GREEDY = dict(attention_mask=torch.ones_like(X), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=63)
-TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0")), eos_token="t2")
+TOKENIZER = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0")), eos_token="t2"
+)
+OLD = ROOT / "tests" / "fixtures" / "ticket-0.1"
+PAIRS = [Pair(f"x:{n}", f"sentence {n}", "y") for n in range(3)]
 
 
-def ticket_for(model, ids=(9, 4), mode="input_only"):
+def bare(model, ids, rows=None, **facts):
+    "A ticket with nothing but its model."
+    return Ticket(ids, Provenance.of(model, TOKENIZER, ids, **facts), rows)
+
+
+def ticket_for(model, ids=(9, 4), mode="input_only", name="tiny"):
     embed = TunedRows(range(3, 12), torch.randn(9, 16, generator=torch.Generator().manual_seed(0)), mode)
-    scan = ks_scan(model.get_input_embeddings().weight, embed.merged(model).get_input_embeddings().weight)
-    return Ticket.make(
-        model, TOKENIZER, list(ids), name="tiny", scan=scan, rows=embed.restrict(ids), embed_rows=embed, sentences=["a" * 64, "b" * 64], alpha=0.05
-    )
+    scan = ks_scan(model.get_input_embeddings().weight, embed.matrix(model))
+    recipe, prompt = Recipe(lr_embed=1e-3, mode=mode), Prompt("explicit", "en-ca")
+    facts = Provenance.of(model, TOKENIZER, ids, selection=Selection(), prompt=prompt, recipe=recipe)
+    hashes = tuple(pair.hash for pair in PAIRS)
+    return Ticket(ids, replace(facts, model=name), embed.restrict(ids), embed, scan, hashes)
 
 
-@pytest.mark.parametrize("kind, mode", [*((kind, "input_only") for kind in ARCHITECTURES), *((kind, "shared") for kind in TIED)])
+def merged(rows, model):
+    return rows.write(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize(
+    "kind, mode", [*((kind, "input_only") for kind in ARCHITECTURES), *((kind, "shared") for kind in TIED)]
+)
 def test_there_and_back(kind, mode, tmp_path):
     model = tiny_model(kind)
     ticket = ticket_for(model, mode=mode)
     ticket.save(tmp_path / "t")
     again = Ticket.load(tmp_path / "t")
     again.check(model, TOKENIZER)
-    assert again.ids.tolist() == [9, 4] and again.info == ticket.info and again.sentences == ticket.sentences
-    assert again.rows.mode == again.embed_rows.mode == json.loads((tmp_path / "t" / "ticket.json").read_text())["mode"] == mode
-    assert torch.equal(again.rows.rows, ticket.rows.rows) and torch.equal(again.embed_rows.rows, ticket.embed_rows.rows)
-    assert np.array_equal(again.scan.pvalue, ticket.scan.pvalue)
+    assert again.ids.tolist() == [9, 4] and again.provenance == ticket.provenance
+    assert again.sentences == ticket.sentences and again.folder == tmp_path / "t"
     record = json.loads((tmp_path / "t" / "ticket.json").read_text())
+    assert again.mode == again.rows.mode == again.embed_rows.mode == record["mode"] == mode
+    assert torch.equal(again.rows.weight, ticket.rows.weight)
+    assert torch.equal(again.embed_rows.weight, ticket.embed_rows.weight)
+    assert np.array_equal(again.scan.pvalue, ticket.scan.pvalue)
     assert record["tokens"] == ["t9", "t4"] and record["statistic"] == ticket.scan.statistic[[9, 4]].tolist()
+    assert record["schema_version"] == 2 and record["recipe"]["lr_embed"] == 1e-3 and record["alpha"] == 0.05
     assert not list((tmp_path / "t").glob("*.bin")) and not list((tmp_path / "t").glob("*.pkl"))
 
 
@@ -74,10 +102,10 @@ def test_plain_peft_loads_it_and_the_way_back(kind, tmp_path):
         assert torch.equal(theirs, ours) if natural(kind) == "input_only" else torch.allclose(theirs, ours, atol=1e-5)
         assert torch.equal(adapted.generate(input_ids=X, **GREEDY), text)
     adapted.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
-    back = Ticket.from_peft(tmp_path / "saved", model, TOKENIZER, note="by PEFT")
+    back = Ticket.from_peft(tmp_path / "saved", model, TOKENIZER)
     back.check(model, TOKENIZER)
-    assert back.rows.mode == back.info["mode"] == natural(kind) and back.info["note"] == "by PEFT"
-    assert torch.equal(back.rows.ids, ticket.rows.ids) and torch.equal(back.rows.rows, ticket.rows.rows)
+    assert back.rows.mode == back.mode == natural(kind) and back.provenance.model == "tiny"
+    assert torch.equal(back.rows.ids, ticket.rows.ids) and torch.equal(back.rows.weight, ticket.rows.weight)
     with back.rows.applied(model):
         assert torch.equal(model.generate(X, **GREEDY), text)
 
@@ -91,15 +119,15 @@ def test_rows_that_peft_trained(kind, tmp_path):
     optimizer.step()
     adapted.save_pretrained(tmp_path / "a", save_embedding_layers=False)
     ticket = Ticket.from_peft(tmp_path / "a", talker(kind), TOKENIZER)
-    assert ticket.ids.tolist() == [9, 3, 7] and ticket.info["tokens"] == ["t9", "t3", "t7"]
+    assert ticket.ids.tolist() == [9, 3, 7] and ticket.provenance.tokens == ("t9", "t3", "t7")
     assert not torch.equal(adapted.eval().generate(input_ids=X, **GREEDY), talker(kind).generate(X, **GREEDY))
-    assert torch.equal(adapted.generate(input_ids=X, **GREEDY), ticket.rows.merged(talker(kind)).generate(X, **GREEDY))
+    assert torch.equal(adapted.generate(input_ids=X, **GREEDY), merged(ticket.rows, talker(kind)).generate(X, **GREEDY))
 
 
 def test_what_is_stored_is_k_by_d(tmp_path):
     "Known trouble: PEFT's automatic choice can store the whole embedding in the adapter (PRs 1383 and 2649)."
     model = tiny_model("llama", vocabulary=4096)
-    ticket = Ticket.make(model, TOKENIZER, [9, 4], name="tiny", rows=TunedRows([9, 4], torch.ones(2, 16)))
+    ticket = bare(model, [9, 4], TunedRows([9, 4], torch.ones(2, 16)))
     ticket.save(tmp_path / "t")
     ticket.to_peft(tmp_path / "a")
     assert [v.shape for v in load_file(tmp_path / "t" / "adapter_model.safetensors").values()] == [(2, 16)]
@@ -111,9 +139,15 @@ def test_what_is_stored_is_k_by_d(tmp_path):
 def test_adapters_that_are_no_tickets(tmp_path):
     model = tiny_model("llama")
     get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    get_peft_model(tiny_model("llama"), TrainableTokensConfig(token_indices=[3], target_modules=["embed_tokens", "lm_head"])).save_pretrained(tmp_path / "head")
-    get_peft_model(tiny_model("llama", hidden=32), TrainableTokensConfig(token_indices=[3])).save_pretrained(tmp_path / "wide")
-    get_peft_model(tiny_model("llama", vocabulary=80), TrainableTokensConfig(token_indices=[70])).save_pretrained(tmp_path / "far")
+    get_peft_model(
+        tiny_model("llama"), TrainableTokensConfig(token_indices=[3], target_modules=["embed_tokens", "lm_head"])
+    ).save_pretrained(tmp_path / "head")
+    get_peft_model(tiny_model("llama", hidden=32), TrainableTokensConfig(token_indices=[3])).save_pretrained(
+        tmp_path / "wide"
+    )
+    get_peft_model(tiny_model("llama", vocabulary=80), TrainableTokensConfig(token_indices=[70])).save_pretrained(
+        tmp_path / "far"
+    )
     ticket_for(model).to_peft(tmp_path / "cut")
     whole = (tmp_path / "cut" / "adapter_model.safetensors").read_bytes()
     (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -130,12 +164,12 @@ def test_adapters_that_are_no_tickets(tmp_path):
 
 
 def test_a_ticket_is_not_for_a_merged_or_resized_model():
-    "Two tickets for one base are never merged one after the other: the second is for another embedding by then (PEFT issue 3510)."
+    "Two tickets are never merged one after the other: the second is for another embedding by then (PEFT issue 3510)."
     model = tiny_model("llama")
     first, second = ticket_for(model), ticket_for(model, (4, 5))
     resized = tiny_model("llama")
     resized.resize_token_embeddings(72, mean_resizing=False)
-    for other in (first.rows.merged(model), resized):
+    for other in (merged(first.rows, model), resized):
         with pytest.raises(ValueError, match="another embedding"):
             second.check(other, TOKENIZER)
 
@@ -143,11 +177,14 @@ def test_a_ticket_is_not_for_a_merged_or_resized_model():
 def test_ids_beyond_the_tokenizer(tmp_path):
     "Padded rows have no token string, and are tickets like others (PEFT issue 2415)."
     model = tiny_model("qwen2", vocabulary=80)
-    Ticket.make(model, TOKENIZER, [79, 4], name="tiny", rows=TunedRows([79, 4], torch.ones(2, 16))).save(tmp_path / "t")
+    bare(model, [79, 4], TunedRows([79, 4], torch.ones(2, 16))).save(tmp_path / "t")
     again = Ticket.load(tmp_path / "t")
-    assert again.info["tokens"] == [None, "t4"] and again.ids.tolist() == [79, 4]
+    assert again.provenance.tokens == ("[79]", "t4") and again.ids.tolist() == [79, 4]
     with again.rows.applied(model), torch.no_grad():
-        assert torch.equal(PeftModel.from_pretrained(tiny_model("qwen2", vocabulary=80), tmp_path / "t").eval()(X + 70).logits, model(X + 70).logits)
+        assert torch.equal(
+            PeftModel.from_pretrained(tiny_model("qwen2", vocabulary=80), tmp_path / "t").eval()(X + 70).logits,
+            model(X + 70).logits,
+        )
 
 
 @pytest.mark.parametrize("kind, ids, reason", [("gpt2", (9, 4), "ties"), ("llama", (), "empty")])
@@ -164,7 +201,9 @@ def test_another_model_or_tokenizer_is_refused():
     ticket = ticket_for(tiny_model("llama"))
     with pytest.raises(ValueError, match="another embedding.*tiny"):
         ticket.check(tiny_model("llama", seed=1), TOKENIZER)
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({f"u{i}": i for i in range(64)}, unk_token="u0")), eos_token="u2")
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({f"u{i}": i for i in range(64)}, unk_token="u0")), eos_token="u2"
+    )
     with pytest.raises(ValueError, match="another tokenizer"):
         ticket.check(tiny_model("llama"), other)
     padded = TOKENIZER.__class__(tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="t2")
@@ -197,6 +236,348 @@ def test_a_strangers_folder_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["t", "thesis.tex"]
 
 
+def test_two_saves_are_the_same_bytes(tmp_path):
+    "In two processes with other seeds of Python's hashes, and with everything that a ticket can have."
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_ticket import *
+for mode in ("input_only", "shared"):
+    ticket = ticket_for(tiny_model("gpt2"), mode=mode)
+    ticket.add_certificates([certify_agreement(np.zeros(60), 0.05, epsilon=0.2, vouched=True)])
+    ticket.add_audit({{"sentence": "so", "report": "it is"}})
+    ticket.save(sys.argv[1] + mode)
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / n)], env=os.environ | {"PYTHONHASHSEED": n})
+        for n in "12"
+    ]
+    assert [run.wait(timeout=300) for run in runs] == [0, 0]
+    for mode, least in (("input_only", 7), ("shared", 9)):
+        one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"{n}{mode}").iterdir()} for n in "12")
+        assert one == two and len(one) >= least
+
+
+def test_colleagues_can_read_it(tmp_path):
+    ticket = ticket_for(tiny_model("llama"))
+    before = os.umask(0o022)
+    try:
+        ticket.save(tmp_path / "t", {"rank.png": b"png"})
+        ticket.add_audit({"sentence": "so", "report": "it is"}, b"png")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o755
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "t").iterdir()} == {0o644}
+
+
+# Version 0.1
+
+
+def test_a_ticket_of_version_0_1_loads(tmp_path):
+    old = Ticket.load(OLD)
+    facts = old.provenance
+    assert old.ids.tolist() == [9, 11, 4, 5] and facts.tokens == ("t9", "t11", "⏎", "t5")
+    assert facts.selection == Selection(alpha=0.05, top_k=4) and old.prompt == Prompt("explicit", "en-ca")
+    assert facts.train == {"data": "train.tsv", "languages": "en-ca", "limit": 3}
+    assert facts.test == {"data": "test.tsv", "languages": "en-ca", "limit": 2}
+    assert facts.generation.max_new_tokens == 40 and facts.license == "mit" and facts.versions["kslottery"] == "0.1.0"
+    recipe = old.recipe
+    assert (recipe.lr_embed, recipe.lr_partial, recipe.epochs_embed, recipe.epochs_partial) == (2e-5, 1e-2, 2, 2)
+    assert (recipe.batch_size, recipe.seed, recipe.mode) == (8, 3, "input_only")
+    assert old.rows.ids.tolist() == [4, 5, 9, 11] and old.embed_rows.ids.tolist() == list(range(3, 12))
+    assert len(old.scan.statistic) == 64 and old.scan.d == 16 and old.scan.top(4).tolist() == old.ids.tolist()
+    assert [c.kind for c in old.certificates] == ["agreement"] and old.audit["verdict"] == "stopping"
+    old.check_pairs(PAIRS)
+
+    old.save(tmp_path / "new")
+    new = Ticket.load(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "ticket.json").read_text())["schema_version"] == 2
+    assert new.provenance == facts and new.certificates == old.certificates and new.audit == old.audit
+    assert torch.equal(new.rows.weight, old.rows.weight) and np.array_equal(new.scan.pvalue, old.scan.pvalue)
+    for name in ("rows", "embed_rows", "scan"):
+        stored, before = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path / "new", OLD))
+        assert all(np.array_equal(stored[key], before[key]) for key in before)
+
+
+# What is refused
+
+
+def changed(tmp_path, **values):
+    "A folder of a ticket whose ticket.json says something else."
+    shutil.rmtree(tmp_path / "t", ignore_errors=True)
+    ticket_for(tiny_model("llama")).save(tmp_path / "t")
+    path = tmp_path / "t" / "ticket.json"
+    record = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+    return tmp_path / "t"
+
+
+@pytest.mark.parametrize(
+    "ids", [[9.0, 4], ["9", 4], [True, 4], [[9], [4]], [-1, 4], [9, 9], [9, 64], 9, None, {}, "94"]
+)
+def test_ids_that_are_none(ids, tmp_path):
+    with pytest.raises(ValueError, match=r"ids are|there are .* ids"):
+        Ticket.load(changed(tmp_path, ids=ids))
+    with pytest.raises((TypeError, ValueError), match=r"ids are|there are .* ids"):
+        Ticket(ids, ticket_for(tiny_model("llama")).provenance)
+
+
+def test_ids_that_are_not_those_of_the_rows(tmp_path):
+    with pytest.raises(ValueError, match="2 ids and rows of others"):
+        Ticket.load(changed(tmp_path, ids=[59, 54]))
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"V": 63}, "the scan is of shape"),
+        ({"V": "64"}, "V is '64': it must be int"),
+        ({"V": True}, "V is True"),
+        ({"d": 8}, "64 x 8"),
+        ({"d": 0}, "64 x 0"),
+        ({"d": ...}, "d is None"),
+        ({"model": ...}, "model is None: it must be str"),
+        ({"model": 5}, "model is 5"),
+        ({"tokens": ["t9"]}, "2 ids, with tokens or counts"),
+        ({"tokens": [9, 4]}, "tokens"),
+        ({"counts": ["1", "2"]}, "counts"),
+        ({"fingerprints": {"embedding": None, "tokenizer": "0" * 64}}, "SHA-256 of the embedding"),
+        ({"fingerprints": {}}, "SHA-256 of the embedding"),
+        ({"fingerprints": ["x"]}, "fingerprints is"),
+        ({"mode": "both"}, "mode is 'both'"),
+        ({"alpha": 2.0}, "alpha is 2.0"),
+        ({"alpha": "0.05"}, "alpha is '0.05'"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"criterion": "luck"}, "criterion is 'luck'"),
+        ({"correction": "some"}, "correction is 'some'"),
+        ({"prompt": {"template": 1}}, "prompt is"),
+        ({"prompt": ["x"]}, "prompt is"),
+        ({"recipe": {"lr_embed": -1}}, "recipe is"),
+        ({"recipe": {"nonsense": 1}}, "recipe is"),
+        ({"generation": {"max_new_tokens": "many"}}, "generation is"),
+        ({"train": {"data": 5}}, "train and test are"),
+        ({"schema_version": ...}, "ticket schema None"),
+        ({"schema_version": "x"}, "ticket schema 'x'"),
+        ({"schema_version": 1, "tokens": ...}, "lacks 'tokens'"),
+        ({"versions": 3}, "versions is 3"),
+        ({"changed": 1.5}, "changed is 1.5"),
+    ],
+    ids=str,
+)
+def test_facts_that_cannot_be(values, words, tmp_path):
+    folder = changed(tmp_path, **values)
+    with pytest.raises(ValueError, match=words) as told:
+        Ticket.load(folder)
+    assert str(folder) in str(told.value) and "again" in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["0", "[1e999]", "[" * 1200, "{", "", "null", '{"ids": 1e999}', "\x00", '"\\ud800"'])
+@pytest.mark.parametrize("file", ["ticket.json", "certificates.json", "audit.json"])
+def test_json_of_all_kinds_is_one_sentence(file, text, tmp_path):
+    folder = changed(tmp_path)
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file} (is damaged|has ticket schema).*again"):
+        Ticket.load(folder)
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("rows", {"ids": np.array([4.0, 9.0]), "rows": np.ones((2, 16), np.float32)}),
+        ("rows", {"ids": np.array([4, 9]), "rows": np.ones((2, 16))}),
+        ("rows", {"ids": np.array([4, 9]), "rows": np.full((2, 16), np.nan, np.float32)}),
+        ("rows", {"ids": np.array([4, 9]), "rows": np.ones((3, 16), np.float32)}),
+        ("rows", {"rows": np.ones((2, 16), np.float32)}),
+        ("rows", {"ids": np.array([4, 9]), "rows": np.ones((2, 8), np.float32)}),
+        ("embed_rows", {"ids": np.array([4, 99]), "rows": np.ones((2, 16), np.float32)}),
+        ("scan", {"pvalue": np.ones(64)}),
+        ("scan", {"statistic": np.ones(64)}),
+        ("sentences.txt", b"not a hash\n"),
+        ("sentences.txt", b"\xff\xfe"),
+    ],
+    ids=str,
+)
+def test_files_that_cannot_be(file, content, tmp_path):
+    folder = changed(tmp_path)
+    if isinstance(content, bytes):
+        (folder / file).write_bytes(content)
+    else:
+        save_file(content, folder / f"{file}.safetensors")
+    with pytest.raises(ValueError, match="is damaged.*copy the ticket again"):
+        Ticket.load(folder)
+
+
+def test_a_fuzzed_folder_is_read_or_refused_in_one_sentence(tmp_path):
+    "Bytes changed, cut out and put in at random, in every file that is read."
+    ticket_for(tiny_model("llama")).save(tmp_path / "t")
+    rng = np.random.default_rng(0)
+    for name in ("ticket.json", "rows.safetensors", "scan.safetensors", "embed_rows.safetensors", "sentences.txt"):
+        path = tmp_path / "t" / name
+        whole = path.read_bytes()
+        for _ in range(40):
+            a, b = sorted(rng.integers(0, len(whole), 2))
+            noise = rng.integers(0, 256, rng.integers(0, 4)).astype(np.uint8).tobytes()
+            path.write_bytes(whole[:a] + noise + whole[b if rng.random() < 0.3 else a + len(noise) :])
+            try:
+                Ticket.load(tmp_path / "t")
+            except ValueError as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error) and len(str(error)) < 500
+        path.write_bytes(whole)
+    Ticket.load(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [dict(alpha=0.0), dict(alpha=None), dict(alpha=float("nan")), dict(top_k=-1), dict(top_k=2.0), dict(top_k=True)]
+    + [dict(criterion="luck"), dict(correction="bonferoni"), dict(alpha="0.05")],
+    ids=str,
+)
+def test_a_selection_is_checked_when_it_is_made(values):
+    with pytest.raises((TypeError, ValueError), match=f"{[*values][0]} is .*:"):
+        Selection(**values)
+
+
+def test_a_selection_chooses():
+    model = tiny_model("llama")
+    scan = ticket_for(model).scan
+    assert Selection(top_k=3).ids(scan).tolist() == Selection(top_k=3, alpha=None).ids(scan).tolist()
+    assert Selection(top_k=3).ids(scan).tolist() == scan.top(3).tolist()
+    assert Selection(alpha=0.01, correction="bh").ids(scan).tolist() == scan.select(0.01, "bh").tolist()
+
+
+# What a ticket answers
+
+
+def test_prompt_and_recipe_or_one_sentence():
+    model = tiny_model("llama")
+    ticket = ticket_for(model)
+    assert ticket.prompt == Prompt("explicit", "en-ca") and ticket.recipe == Recipe(lr_embed=1e-3)
+    for name in ("prompt", "recipe"):
+        with pytest.raises(ValueError, match=f"records no {name}"):
+            getattr(bare(model, [9]), name)
+
+
+def test_the_base_is_what_is_given_or_what_is_recorded(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    ticket = ticket_for(model, name=str(tmp_path / "model"))
+    assert ticket.base(model, TOKENIZER) == (model, TOKENIZER)
+    found, tokenizer = ticket.base()
+    assert torch.equal(found.get_input_embeddings().weight.cpu(), model.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="another embedding"):
+        ticket.base(tiny_model("llama", seed=1), TOKENIZER)
+    with pytest.raises(ValueError, match="give both model and tokenizer"):
+        ticket.base(model)
+    with pytest.raises(ValueError, match="does not say which model"):
+        ticket_for(model, name="").base()
+    with pytest.raises(FileNotFoundError, match="gone"):
+        ticket_for(model, name=str(tmp_path / "gone")).base()
+
+
+def test_what_is_added_is_written_where_the_ticket_lives(tmp_path):
+    ticket = ticket_for(tiny_model("llama"))
+    test = Pairs(PAIRS)
+    test.origin = {"data": "test.tsv", "languages": "en-ca", "limit": None}
+    ticket.remember(test, Generation(max_new_tokens=7))  # before there is a folder
+    ticket.save(tmp_path / "t")
+    before = (tmp_path / "t" / "rows.safetensors").read_bytes()
+    proven = certify_agreement(np.zeros(60), 0.05, epsilon=0.2, vouched=True)
+    loaded = Ticket.load(tmp_path / "t")
+    assert loaded.provenance.test == test.origin and loaded.provenance.generation.max_new_tokens == 7
+    for _ in range(2):
+        loaded.add_certificates([proven])  # the second time it is there already
+    loaded.add_audit({"sentence": "It is an artefact.", "report": "## Why"}, b"png")
+    loaded.refresh(base_model="org/tiny", license="mit")
+    loaded.remember(generation=Generation(max_new_tokens=9))
+    again = Ticket.load(tmp_path / "t")
+    assert again.certificates == [proven] and again.audit["sentence"] == "It is an artefact."
+    assert again.provenance == loaded.provenance and again.provenance.base_model == "org/tiny"
+    assert again.provenance.test == test.origin and again.provenance.generation.max_new_tokens == 9
+    assert (tmp_path / "t" / "rows.safetensors").read_bytes() == before
+    card = (tmp_path / "t" / "README.md").read_text()
+    assert "It is an artefact." in card and "![audit](audit.png)" in card and "CERTIFIED" in card and "org/tiny" in card
+    with pytest.raises(ValueError, match="on the Hub"):
+        loaded.refresh(base_model="./tiny")
+    shutil.rmtree(tmp_path / "t")
+    with pytest.raises(FileNotFoundError, match="save the ticket again"):
+        loaded.add_certificates([])
+
+
+def test_an_audit_that_the_card_cannot_hold_changes_nothing(tmp_path):
+    ticket_for(tiny_model("llama")).save(tmp_path / "t")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "t").iterdir()}
+    with pytest.raises(KeyError):
+        Ticket.load(tmp_path / "t").add_audit({"sentence": "no report"}, b"png")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "t").iterdir()} == before
+
+
+def test_advice_says_how_far_and_what_to_change():
+    model = tiny_model("llama")
+    assert ticket_for(model).advice is None
+    still = TunedRows.of(model, [3, 4])
+    scan = ks_scan(model.get_input_embeddings().weight, still.matrix(model))
+    selection, recipe = Selection(alpha=0.01, correction="bonferroni"), Recipe(lr_embed=1e-7)
+    facts = Provenance.of(model, TOKENIZER, [], selection=selection, recipe=recipe)
+    advice = Ticket([], facts, still.restrict([]), still, scan).advice
+    for word in ("0.01 with bonferroni", "D = 0.000", "is needed", "lr_embed, now 1e-07", "epochs_embed", "top_k"):
+        assert word in advice
+    assert "no scan" in bare(model, []).advice
+
+
+def test_a_ticket_shows_tokens_and_numbers():
+    ticket = ticket_for(tiny_model("llama"))
+    ticket.provenance = replace(ticket.provenance, tokens=("t9", "<b>&"), counts=(12, 345))
+    text, html = repr(ticket), ticket._repr_html_()
+    for word in ("2 of 64 rows", "tiny", "token", "D", "p", "count", "t9", "345", f"{ticket.scan.statistic[9]:.3f}"):
+        assert word in text and word in html
+    assert "<b>&" in text and "<b>&" not in html and "&lt;b&gt;&amp;" in html and "array" not in text
+    assert [*ticket.to_frame()] == ["token", "id", "statistic", "pvalue", "count"]
+    many = bare(tiny_model("llama"), range(30))
+    assert "and 10 more" in repr(many) and len(repr(many).split("\n")) < 26
+    assert "no scan" in repr(bare(tiny_model("llama"), []))
+
+
+# The card
+
+
+def test_the_card_is_python_that_runs(tmp_path, monkeypatch):
+    "Its block is typed in as it stands, in the ticket's folder; the model lies beside it."
+    model = tiny_model("llama")
+    ticket_for(model, name=str(tmp_path / "tiny")).save(tmp_path / "t")
+    model.save_pretrained(tmp_path / "t" / "tiny")
+    TOKENIZER.save_pretrained(tmp_path / "t" / "tiny")
+    block = re.search(r"```python\n(.*?)```", (tmp_path / "t" / "README.md").read_text(), re.S)[1]
+    assert "from kslottery import" in block
+    monkeypatch.chdir(tmp_path / "t")
+    exec(block, {})
+
+
+NASTY = "`</td><script>alert(1)</script>|\n```\n# Certified!\n<img src=x onerror=y>"
+
+
+def test_nobody_writes_html_into_the_card():
+    ticket = ticket_for(tiny_model("llama"))
+    facts = replace(ticket.provenance, tokens=(NASTY, "t4"), license=NASTY, versions={"kslottery": "1", NASTY: NASTY})
+    facts = replace(facts, model=NASTY, base_model=None, tuned=NASTY, tensor=NASTY, revision=NASTY)
+    prompt = Prompt(NASTY + "{source}{target}", NASTY.replace("-", "") + "-ca")
+    ticket.provenance = replace(facts, prompt=prompt)
+    ticket.audit = {"sentence": NASTY, "report": "\n".join(["## Numbers", "5 < 6", "<script>alert(1)</script>"])}
+    ticket.certificates = [NASTY]
+    text = ticket.card(["a](x)<script>.png"])
+    body = text.split("---\n", 2)[2]
+    outside, fence = [], None
+    for line in body.split("\n"):
+        mark = re.match("`{3,}", line)
+        if mark and (fence is None or line == fence):
+            fence = None if fence else mark[0]
+        elif fence is None:
+            outside.append(line)
+    assert fence is None
+    plain = re.sub(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)", "", "\n".join(outside))  # what is not in a code span
+    assert not re.findall(r"<[a-zA-Z/!]", plain.replace("&lt;", "")) and "5 < 6" in plain
+    assert "# Certified!" not in outside
+
+
 SAVER = """
 import sys; sys.path.insert(0, {tests!r})
 from test_ticket import ticket_for, tiny_model
@@ -219,7 +600,7 @@ def start(tmp_path, before="", after=""):
 def test_kill_9_at_any_moment_leaves_a_whole_ticket(tmp_path):
     "A process that saves over and over is killed; what is there can be read."
     for moment in (0.05, 0.11, 0.23):
-        process = start(tmp_path)
+        process = start(tmp_path, before=f"ticket.save({str(tmp_path / 't')!r})")
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
@@ -235,7 +616,9 @@ def test_a_full_disk_leaves_the_old_ticket(tmp_path):
     "Files may grow to 100 bytes only: the write fails as on a full disk, in one error, and the old ticket stands."
     ticket_for(tiny_model("llama")).save(tmp_path / "t")
     process = start(
-        tmp_path, before=f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit({resource.RLIMIT_FSIZE}, (100, 100))"
+        tmp_path,
+        before="import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit({resource.RLIMIT_FSIZE}, (100, 100))",
     )
     assert process.wait(timeout=60) != 0
     assert Ticket.load(tmp_path / "t").ids.tolist() == [9, 4]
