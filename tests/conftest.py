@@ -37,6 +37,7 @@ DATA = Path(
 )  # real parallel text, where a developer has it
 TIED = ("gemma", "gpt2", "bloom")
 ARCHITECTURES = ("llama", "qwen2", "mistral", *TIED)
+LONG = ("test_audit_worlds", "test_audit", "test_quickstart", "test_wheel", "test_docs", "test_ticket")
 ALONE = ("test_notebooks", "test_blocks")  # every test of these files can run anywhere
 WORDS = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0"))
 WORDS.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -130,13 +131,21 @@ def pytest_unconfigure(config):
         config.forks.close()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_xdist_make_scheduler(config, log):
+    "A file's tests share its fixtures and stay together; pages stand alone."
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesAndPages(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return nodeid if Path(file).stem in ALONE else file
+
+    return FilesAndPages(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    "A file's tests share its fixtures and stay together (--dist loadgroup); pages stand alone, and fill up at the end."
-    items.sort(key=lambda item: item.path.stem in ALONE)  # stable
-    for item in items:
-        if item.path.stem not in ALONE:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    "Pages fill up at the end; the files that take longest come first."
+    items.sort(key=lambda item: (item.path.stem in ALONE, item.path.stem not in LONG))  # stable
 
 
 def kslottery(*words, cwd=None):
