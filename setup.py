@@ -57,7 +57,7 @@ setup(
     url=cfg["git_url"],
     keywords=cfg["keywords"],
     packages=find_packages(include=["kslottery", "kslottery.*"]),
-    package_data={"kslottery": ["*.json", "*.j2", "py.typed"]},
+    package_data={"kslottery": ["*.json", "*.j2", "*.pyi", "py.typed"]},
     cmdclass={"build_py": BuildWithTutorials},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

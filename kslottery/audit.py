@@ -15,8 +15,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
+from jinja2 import Template
 
-from .core import fingerprint, to_accelerator, whole_file, write_json, write_text
+from .core import fingerprint, must, to_accelerator, whole_file, write_json, write_text
 from .data import INSTRUCTION, Example, Pair, Prompt, Role, encode_all, token_counts, token_text
 from .decomposition import Bootstrap, Decomposition, Interval, decompose, forced_stop, recovery
 from .evaluation import Generation, Translation, score, signatures, translate
@@ -68,8 +70,10 @@ def opportunity(
     This project.
     """
     wanted = {int(i) for i in ids}
-    read = [role for e in examples for i, role in zip(e.ids[: e.prompt], e.roles) if i in wanted]
-    read += [Role.TARGET for t in translations for i in t.tokens[:-1] if i in wanted]
+    read = [
+        *(role for e in examples for i, role in zip(e.ids[: e.prompt], e.roles) if i in wanted),
+        *(Role.TARGET for t in translations for i in t.tokens[:-1] if i in wanted),
+    ]
     return {name: sum(read.count(role) for role in roles) / len(examples) for name, roles in CHANNELS.items()}
 
 # %% ../nbs/14_audit.ipynb #a284bf81
@@ -163,22 +167,28 @@ class Arm:
     against: str = field(init=False)
 
     def __post_init__(self):
-        if self.name not in ARMS:
-            raise ValueError(f"there is no arm {self.name!r}: choose {', '.join(ARMS)}")
+        must(self.name in ARMS, f"there is no arm {self.name!r}: choose {', '.join(ARMS)}")
         ids, kind = tuple(int(i) for i in self.ids), ARMS[self.name]
         wanted = 0 if kind.rows in ("none", "cut") else 1 if self.name == "one_row" else max(1, len(ids))
-        if len(ids) != wanted:
-            raise ValueError(f"the arm {self.name} is given {len(ids)} ids, but needs {wanted}")
+        must(len(ids) == wanted, f"the arm {self.name} is given {len(ids)} ids, but needs {wanted}")
         token = f"“{self.token}”" if self.token else f"row {ids[0]}" if ids else ""
-        label = kind.label.format(token) + (f" (draw {self.draw + 1})" if self.draw else "")
-        looked_up = {name: getattr(kind, name) for name in ("rows", "channel", "check", "against")}
-        vars(self).update(ids=ids, label=label, **looked_up)  # a frozen dataclass sets its fields no other way
+        vars(self).update(  # a frozen dataclass sets its fields no other way
+            ids=ids,
+            label=kind.label.format(token) + (f" (draw {self.draw + 1})" if self.draw else ""),
+            rows=kind.rows,
+            channel=kind.channel,
+            check=kind.check,
+            against=kind.against,
+        )
 
     @property
     def key(self) -> str:
         "The name that no other arm of the audit has."
-        parts = [self.name, *(self.ids if self.name == "one_row" else ()), *([self.draw + 1] if self.draw else [])]
-        return "_".join(map(str, parts))
+        return (
+            self.name
+            + (f"_{self.ids[0]}" if self.name == "one_row" else "")
+            + (f"_{self.draw + 1}" if self.draw else "")
+        )
 
 # %% ../nbs/14_audit.ipynb #d581d6bd
 _QUESTIONS = {  # name: question, threshold, whether the verdict rests on it, answer
@@ -252,32 +262,40 @@ class Check(NamedTuple):
 
 
 def _judge(value: Interval | None, threshold: float) -> str:
-    '"pass" if the whole interval lies below the threshold, "fail" if it all lies above it, else "cannot tell".'
-    low, high = (None, None) if value is None else value[1:]
-    if low is None or high is None:
+    if value is None or value.value is None:
         return "cannot tell"
-    return "pass" if high < threshold else "fail" if low > threshold else "cannot tell"
+    return "pass" if value.high < threshold else "fail" if value.low > threshold else "cannot tell"
 
 
+# A line of the verdict, by its name: judged as a share and put in words, unless both are given.
 def _check(name, limits, value, result=None, said=None, arm="") -> Check:
-    "A line of the verdict, by its name: judged as a share and put in words, unless both are given."
     question, _, decisive, phrase = _QUESTIONS[name]
     unknown = value is None or value.value is None
     share = "an unknown share" if unknown else "{:z.0%} ({:z.0%} to {:z.0%})".format(*value)
     said = said or phrase.format(share, value, arm=arm)
-    sentence = said[0].upper() + said[1:] + "."
-    return Check(name, question, result or _judge(value, limits[name]), value, limits[name], sentence, decisive)
+    return Check(
+        name,
+        question,
+        result or _judge(value, limits[name]),
+        value,
+        limits[name],
+        f"{said[0].upper()}{said[1:]}.",
+        decisive,
+    )
 
 # %% ../nbs/14_audit.ipynb #75cf3907
+_VERDICTS = {  # what a result makes of the ticket, the worst first
+    "fail": ("artefact", "An artefact"),
+    "cannot tell": ("cannot tell", "Cannot tell"),
+    "pass": ("real", "A real ticket"),
+}
+
+
 def _arm_check(name, arms, recoveries, limits) -> Check:
-    "The check of this name, by the arms that declare it."
-    results = {a: _judge(recoveries[a.key], limits[name]) for a in arms if a.check == name}
-    result = next((r for r in ("fail", "cannot tell", "pass") if r in results.values()), None)
-    if result is None:
-        return _check(name, limits, None, said="no arm of this audit can say")
-    decided = [a for a, r in results.items() if r == result]
-    best = max(decided, key=lambda a: recoveries[a.key].value or 0.0)
-    return _check(name, limits, recoveries[best.key], arm=best.label)
+    found = [(recoveries[a.key], a.label) for a in arms if a.check == name]
+    goodness = lambda one: ([*_VERDICTS].index(_judge(one[0], limits[name])), -(one[0].value or 0.0))
+    value, label = min(found, key=goodness, default=(None, ""))
+    return _check(name, limits, value, said="" if found else "no arm of this audit can say", arm=label)
 
 # %% ../nbs/14_audit.ipynb #1b9f7c42
 @dataclass(frozen=True)
@@ -322,20 +340,22 @@ class AuditSettings:
     arms: tuple[Arm, ...] | None = None
 
     def __post_init__(self):
-        if strange := sorted(set(self.thresholds) - set(THRESHOLDS)):
-            raise ValueError(f"there is no threshold {strange[0]!r}: choose {', '.join(THRESHOLDS)}")
-        if self.singles < 0 or self.draws < 1:
-            raise ValueError(f"singles is {self.singles} and draws {self.draws}: give at least 0 and 1")
+        for name in sorted(self.thresholds):
+            must(name in THRESHOLDS, f"there is no threshold {name!r}: choose {', '.join(THRESHOLDS)}")
+        must(
+            self.singles >= 0 and self.draws >= 1,
+            f"singles is {self.singles} and draws {self.draws}: give at least 0 and 1",
+        )
         keys = ["base", "ticket"] if self.arms is None else [arm.key for arm in self.arms]
-        if keys[:2] != ["base", "ticket"] or len(set(keys)) < len(keys):
-            raise ValueError(
-                f"the plan has the arms {', '.join(keys)}: base and ticket must come first, as all others are compared "
-                "with them, and no key may come twice (give each arm of a name another draw)"
-            )
+        must(
+            keys[:2] == ["base", "ticket"] and len(set(keys)) == len(keys),
+            f"the plan has the arms {', '.join(keys)}: base and ticket must come first, as all others are compared "
+            "with them, and no key may come twice (give each arm of a name another draw)",
+        )
 
 # %% ../nbs/14_audit.ipynb #cf11928a
+# Pairs (id, its partner from the pool: nearest in log count, none twice), most frequent ids first.
 def _partners(counts, ids, pool):
-    "Pairs (id, its partner from the pool: nearest in log count, none twice), most frequent ids first."
     logs, pool = np.log1p(np.asarray(counts, dtype=np.float64)), np.unique(np.asarray(pool, dtype=np.int64)).tolist()
     order = sorted(np.asarray(ids).tolist(), key=lambda i: (-logs[i], i))[: len(pool)]
     return [(i, pool.pop(int(np.argmin(np.abs(logs[pool] - logs[i]))))) for i in order]
@@ -366,7 +386,6 @@ def count_matched(counts: Iterable[int], ids: Iterable[int], pool: Iterable[int]
 
 # %% ../nbs/14_audit.ipynb #b7f7a8c7
 def _obstacle(arm: Arm | ArmKind, ticket: Ticket, train: bool) -> str | None:
-    "Why an arm cannot be run with this ticket, or None."
     reasons = {
         "it says where rows may be read, and shared rows also score tokens, everywhere": arm.channel != "everywhere"
         and ticket.mode == "shared",
@@ -378,18 +397,16 @@ def _obstacle(arm: Arm | ArmKind, ticket: Ticket, train: bool) -> str | None:
     return next((why for why, holds in reasons.items() if holds), None)
 
 
+# What every arm of a full plan reads: its name -> (number of the draw, token ids).
 def _choices(tokenizer, ticket, examples, settings) -> dict[str, list[tuple[int, Any]]]:
-    "What every arm of a full plan reads: its name -> (number of the draw, token ids)."
-    ids, seed = [int(i) for i in ticket.ids], settings.bootstrap.seed
-    size = 1 + max(max(max(e.ids) for e in examples), *ids)
-    counts, active = token_counts(examples, size), active_ids(examples)
-    template = np.flatnonzero(token_counts(examples, size, CHANNELS["instruction"]))
+    ids, V = ticket.ids.tolist(), ticket.provenance.V
+    counts, active = token_counts(examples, V), active_ids(examples)
+    template = np.flatnonzero(token_counts(examples, V, CHANNELS["instruction"]))
     words = np.setdiff1d(active, np.union1d(ids, template))
     everything = active if ticket.embed_rows is None else ticket.embed_rows.ids.numpy()
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
-    best = ids[:1] if settings.fast else [*ids[: settings.singles], tokenizer.bos_token_id, *newline]
+    others = [tokenizer.bos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]]
     draws = range(1 if settings.fast else settings.draws)
-    drawn = lambda pool: [(n, sample_ids(pool, len(ids), seed + n)) for n in draws]
+    drawn = lambda pool: [(n, sample_ids(pool, len(ids), settings.bootstrap.seed + n)) for n in draws]
     return {
         **{name: [(0, ids if kind.rows in ("ticket", "flipped") else ())] for name, kind in ARMS.items()},
         "embed_tuning": [(0, everything)],
@@ -397,7 +414,11 @@ def _choices(tokenizer, ticket, examples, settings) -> dict[str, list[tuple[int,
         "count_matched_rows": [(0, count_matched(counts, ids, words))],
         "template_rows": drawn(np.setdiff1d(template, [*ids, tokenizer.eos_token_id])),
         "frequent_rows": [(0, np.argsort(-counts, kind="stable")[: len(ids)])],
-        "one_row": [(0, [i]) for i in dict.fromkeys(best) if i in active and len(ids) > 1],
+        "one_row": [
+            (0, [i])
+            for i in dict.fromkeys(ids[:1] if settings.fast else [*ids[: settings.singles], *others])
+            if i in active and len(ids) > 1
+        ],
         "noise": [(n, ids) for n in draws],
         "all_but_ticket": [(0, np.setdiff1d(everything, ids))],
         "frozen_ticket": [(0, np.setdiff1d(active, ids))],
@@ -438,14 +459,18 @@ def plan_arms(
     2026.
     """
     settings = settings or AuditSettings()
-    choices, seed = _choices(tokenizer, ticket, examples, settings), settings.bootstrap.seed
-    kinds = {name: kind for name, kind in ARMS.items() if kind.fast or not settings.fast}
-    says = lambda name, ids: token_text(tokenizer, ids)[0] if name == "one_row" else ""
     return [
-        Arm(name, tuple(int(i) for i in ids), seed + draw, draw, says(name, ids))
-        for name, kind in kinds.items()
-        for draw, ids in choices[name]
-        if not _obstacle(kind, ticket, train) and (len(ids) or kind.rows in ("none", "cut"))
+        Arm(
+            name,
+            tuple(int(i) for i in ids),
+            seed=settings.bootstrap.seed + draw,
+            draw=draw,
+            token=token_text(tokenizer, ids)[0] if name == "one_row" else "",
+        )
+        for name, choices in _choices(tokenizer, ticket, examples, settings).items()
+        if (ARMS[name].fast or not settings.fast) and not _obstacle(ARMS[name], ticket, train)
+        for draw, ids in choices
+        if len(ids) or ARMS[name].rows in ("none", "cut")
     ]
 
 # %% ../nbs/14_audit.ipynb #d3f787ab
@@ -498,22 +523,56 @@ def null_overlap(model: Any, ticket: Ticket, draws: int = 5, seed: int = 0) -> I
     if rows is None or not k:
         return None
     before, after = (r.weight.detach().cpu() for r in (TunedRows.of(model, rows.ids), rows))
-    nulls = [equal_move_null(before, after, seed + n).top(min(k, len(rows))) for n in range(draws)]
-    shares = [float(np.isin(ticket.ids, rows.ids.numpy()[best]).mean()) for best in nulls]
+    shares = [
+        float(np.isin(ticket.ids, rows.ids.numpy()[null.top(min(k, len(rows)))]).mean())
+        for null in (equal_move_null(before, after, seed + n) for n in range(draws))
+    ]
     return Interval(float(np.mean(shares)), min(shares), max(shares))
 
 # %% ../nbs/14_audit.ipynb #834e46fb
 def _verdict(checks: list[Check]) -> tuple[str, str]:
-    "The verdict and its sentence."
     reason = lambda some: "; ".join(c.sentence[0].lower() + c.sentence[1:-1] for c in some)
     gain, *others = [c for c in checks if c.decisive]
     if gain.result != "pass":
         word = "no gain" if gain.result == "fail" else "cannot tell"
         return word, f"{word.capitalize()}: {reason([gain])}, so there is nothing to explain."
-    result = next(r for r in ("fail", "cannot tell", "pass") if r in {c.result for c in others})
-    words = {"fail": ("artefact", "An artefact"), "pass": ("real", "A real ticket")}
-    word, said = words.get(result, ("cannot tell", "Cannot tell"))
+    result = min((c.result for c in others), key=[*_VERDICTS].index)
+    word, said = _VERDICTS[result]
     return word, f"{said}: {reason(c for c in others if c.result == result)}."
+
+# %% ../nbs/14_audit.ipynb #ec8cdb59
+_REPORT = Template(
+    """
+{%- macro cell(text) %}{{ text | replace("|", "\\|") | replace("<", "&lt;") }}{% endmacro -%}
+**{{ cell(audit.sentence) }}**
+
+| check | result | |
+|---|---|---|
+{% for c in audit.checks %}
+| {{ cell(c.question) }}{{ "" if c.decisive else " (*)" }} | {{ c.result }} | {{ cell(c.sentence) }} |
+{% endfor %}
+
+(*) reported, but the verdict does not rest on it.
+
+| arm | rows | occur | read where | whole | first line | stops | recovery |
+|---|---:|---:|---|---:|---:|---:|---:|
+{% for a in audit.arms %}
+{% set scores, share = audit.scores[a.key], audit.recoveries[a.key] %}
+{% set occur, where = audit.facts["arms"][a.key]["median_count"], a.channel if a.ids else "" %}
+{% set found = "%.1f | %.1f | %.0f%%" | format(scores.whole.bleu, scores.first_line.bleu, 100 * scores.eos_rate) %}
+{% set span = "{:z.2f} [{:z.2f}, {:z.2f}]" if share and share.value is not none else "cannot tell" if share else "" %}
+| {{ cell(a.label) }} | {{ a.ids | length }} | {{ occur }} | {{ where }} | {{ found }} | {{ span.format(*share) }} |
+{% endfor %}
+
+| channel | reads of a ticket row per sentence |
+|---|---:|
+{% for name, reads in audit.opportunity.items() %}
+| {{ name }} | {{ "%.1f" | format(reads) }} |
+{% endfor %}
+""",
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 
 # %% ../nbs/14_audit.ipynb #294eabeb
 @dataclass(repr=False)
@@ -571,8 +630,7 @@ class Audit:
             An end of an interval that is infinite or not known is None, and so are the ids of more than 100 rows
             (`arms/KEY.json` has them).
         """
-        finite = lambda x: x if x is None or np.isfinite(x) else None
-        plain = lambda v: v and {name: finite(x) for name, x in v._asdict().items()}
+        plain = lambda v: v and {n: x if x is None or np.isfinite(x) else None for n, x in v._asdict().items()}
         return {
             "verdict": self.verdict,
             "sentence": self.sentence,
@@ -596,38 +654,28 @@ class Audit:
 
     def table(self) -> str:
         "The report in Markdown: the verdict, the checks, the arms, the channels."
-        tidy = lambda text: str(text).replace("|", r"\|").replace("<", "&lt;")
-        row = lambda cells: f"| {' | '.join(map(tidy, cells))} |"
-        checks = [[c.question + ("" if c.decisive else " (*)"), c.result, c.sentence] for c in self.checks]
-        span = lambda r: (
-            "" if r is None else "cannot tell" if r.value is None else "{:z.2f} [{:z.2f}, {:z.2f}]".format(*r)
-        )
-        read = lambda a: [len(a.ids), self.facts["arms"][a.key]["median_count"], a.channel if a.ids else ""]
-        found = lambda s: [f"{s[rule]['bleu']:.1f}" for rule in ("whole", "first_line")] + [f"{s['eos_rate']:.0%}"]
-        arms = [[a.label, *read(a), *found(self.scores[a.key]), span(self.recoveries.get(a.key))] for a in self.arms]
-        lines = [
-            *(f"**{tidy(self.sentence)}**", "", "| check | result | |", "|---|---|---|", *map(row, checks), ""),
-            *("(*) reported, but the verdict does not rest on it.", ""),
-            "| arm | rows | occur | read where | whole | first line | stops | recovery |",
-            *("|---|---:|---:|---|---:|---:|---:|---:|", *map(row, arms), ""),
-            *("| channel | reads of a ticket row per sentence |", "|---|---:|"),
-            *(row([name, f"{n:.1f}"]) for name, n in self.opportunity.items()),
-        ]
-        return "\n".join(lines) + "\n"
+        return _REPORT.render(audit=self)
 
 # %% ../nbs/14_audit.ipynb #108808c4
 def _own(ticket: Ticket) -> TunedRows:
-    "The ticket's rows as Partial Tuning left them, else as Embed Tuning did."
-    rows = ticket.rows if ticket.rows is not None else ticket.embed_rows
-    if rows is None or not len(ticket.ids):
-        raise ValueError("the ticket has no tuned rows: there is nothing to audit; raise alpha, or tune its rows")
+    rows: Any = ticket.embed_rows if ticket.rows is None else ticket.rows  # those of Partial Tuning come first
+    must(
+        rows is not None and len(ticket.ids),
+        "the ticket has no tuned rows: there is nothing to audit; raise alpha, or tune its rows",
+    )
     return rows.restrict(ticket.ids)
 
 
 def _tuned(arm, bench, training, checkpoint, label):
-    training = replace(training, seed=arm.seed, progress=bench.settings.progress)
-    how = dict(mode=bench.ticket.mode, checkpoint=checkpoint, label=f"{label}: tuning")
-    return tune_rows(bench.model, list(arm.ids), bench.train_set, training, **how)
+    return tune_rows(
+        bench.model,
+        list(arm.ids),
+        bench.train_set,
+        replace(training, seed=arm.seed, progress=bench.settings.progress),
+        mode=bench.ticket.mode,
+        checkpoint=checkpoint,
+        label=f"{label}: tuning",
+    )
 
 
 _ROWS: dict[str, Callable] = {
@@ -642,42 +690,57 @@ _ROWS: dict[str, Callable] = {
 
 
 def _generated(arm, bench, checkpoint, label):
-    rows, settings = _ROWS[arm.rows](arm, bench, checkpoint, label), bench.settings
-    read_by = None if arm.channel == "everywhere" else CHANNELS[arm.channel]
-    how = dict(generation=settings.generation, progress=settings.progress and f"{label}: translating")
-    return translate(bench.model, bench.tokenizer, bench.test, settings.prompt, rows, read_by=read_by, **how)
+    return translate(
+        bench.model,
+        bench.tokenizer,
+        bench.test,
+        bench.settings.prompt,
+        _ROWS[arm.rows](arm, bench, checkpoint, label),
+        generation=bench.settings.generation,
+        read_by=None if arm.channel == "everywhere" else CHANNELS[arm.channel],
+        progress=bench.settings.progress and f"{label}: translating",
+    )
 
 # %% ../nbs/14_audit.ipynb #2a90cd7e
+# What decides the texts of each arm, as one fingerprint, by its key.
 def _prints(bench, arms) -> dict[str, str]:
-    "What decides the texts of each arm, as one fingerprint, by its key."
     content = lambda examples: fingerprint(json.dumps([e[1:] for e in examples]))
     ticket, asked, embed = bench.ticket, bench.settings.generation, bench.ticket.embed_rows
-    recipe, seeded = ticket.provenance.recipe, ("noise", "tuned", "embed_tuned")
+    recipe, own = ticket.provenance.recipe, _own(ticket).fingerprint()
+    common = [
+        weights_fingerprint(bench.model),
+        tokenizer_fingerprint(bench.tokenizer),
+        content(bench.test_set),
+        asked.max_new_tokens,
+        asked.num_beams,
+    ]
     tuned = [content(bench.train_set), recipe and replace(recipe, progress=False).as_dict(), ticket.mode]
     source = {"embed": embed and embed.fingerprint(), "tuned": tuned, "embed_tuned": tuned}
-    own, models = _own(ticket).fingerprint(), [weights_fingerprint(bench.model), tokenizer_fingerprint(bench.tokenizer)]
-    prints = {}
-    for arm in arms:
+
+    def choice(arm):  # None for what reads no row: it is the base model, whatever its name
         told, mine = opportunity(bench.test_set, arm.ids) | {"history": 1}, {*CHANNELS[arm.channel]}
         read = [c for c in ("head", "tail", "source", "history") if told[c] and mine >= {*CHANNELS[c]}]
-        choice = [arm.rows, source.get(arm.rows, own), arm.ids, read, arm.seed if arm.rows in seeded else None]
-        common = [*models, content(bench.test_set), asked.max_new_tokens, asked.num_beams]
-        prints[arm.key] = fingerprint(json.dumps([common, choice if read and arm.ids else None], sort_keys=True))
-    return prints
+        seed = arm.seed if arm.rows in ("noise", "tuned", "embed_tuned") else None
+        return [arm.rows, source.get(arm.rows, own), arm.ids, read, seed] if read and arm.ids else None
+
+    return {arm.key: fingerprint(json.dumps([common, choice(arm)], sort_keys=True)) for arm in arms}
 
 
+# The translations in an arm's file, or None if there are none that fit.
 def _stored(path: Path, print_: str) -> list[Translation] | None:
-    "The translations in an arm's file, or None if there are none that fit."
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        texts = [Translation(i, text, ended, tuple(tokens)) for i, text, ended, tokens in found["translations"]]
-        return texts if found["fingerprint"] == print_ else None
+        return (
+            [Translation(i, text, ended, tuple(tokens)) for i, text, ended, tokens in found["translations"]]
+            if found["fingerprint"] == print_
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 # %% ../nbs/14_audit.ipynb #395ccc99
+# What each arm writes, by its key: taken over from the folder, or generated and kept there.
 def _translated(bench, arms, folder):
-    "What each arm writes, by its key: taken over from the folder, or generated and kept there."
     folder.mkdir(parents=True, exist_ok=True)
     todo = [arm for arm in arms if arm.rows != "cut"]
     prints, done, texts = _prints(bench, todo), dict[str, list](), dict[str, list]()
@@ -685,22 +748,22 @@ def _translated(bench, arms, folder):
         print_, path = prints[arm.key], folder / f"{arm.key}.json"
         found = _stored(path, print_)
         if found is None:
-            at = folder / f".{print_[:16]}.safetensors", f"arm {n}/{len(todo)} {arm.key}"
-            found = done.get(print_) or _generated(arm, bench, *at)
+            checkpoint = folder / f".{print_[:16]}.safetensors"
+            found = done.get(print_) or _generated(arm, bench, checkpoint, f"arm {n}/{len(todo)} {arm.key}")
             write_json(path, {"arm": asdict(arm), "fingerprint": print_, "translations": found})
-            at[0].unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)
         texts[arm.key] = done[print_] = found
-    cut = [arm.key for arm in arms if arm.rows == "cut"]
-    return texts | {key: forced_stop(texts["base"], texts["ticket"], bench.tokenizer) for key in cut}
+    return texts | {
+        arm.key: forced_stop(texts["base"], texts["ticket"], bench.tokenizer) for arm in arms if arm.rows == "cut"
+    }
 
 # %% ../nbs/14_audit.ipynb #3b950b0e
+# What the arms have in common; what cannot be audited is refused before a model is loaded.
 def _bench(ticket, test, train, model, tokenizer, settings):
-    "What the arms have in common; what cannot be audited is refused before a model is loaded."
     _own(ticket)
     test, train = list(test)[: 50 if settings.fast else None], list(train or [])
     seen = {*ticket.sentences, *(p.hash for p in train)}
-    if not test:
-        raise ValueError("there are no test sentences: an audit needs some that nothing was tuned on")
+    must(test, "there are no test sentences: an audit needs some that nothing was tuned on")
     if used := [p.id for p in test if p.hash in seen]:
         raise ValueError(
             f"{len(used)} test sentences were used for tuning (first: {used[0]}): remove them from the test data"
@@ -708,46 +771,53 @@ def _bench(ticket, test, train, model, tokenizer, settings):
     if train and ticket.sentences:
         ticket.check_pairs(train)
     for arm in settings.arms or ():
-        if why := _obstacle(arm, ticket, bool(train)):
-            raise ValueError(f"the arm {arm.key} cannot be run: {why}")
+        why = _obstacle(arm, ticket, bool(train))
+        must(why is None, f"the arm {arm.key} cannot be run: {why}")
     own = ticket.provenance.prompt or settings.prompt or ticket.prompt  # what the controls are tuned under
     model, tokenizer = ticket.base(model, tokenizer)
-    prompt, part = settings.prompt or own, settings.bootstrap
-    part = replace(part, samples=min(part.samples, 200 if settings.fast else part.samples))
-    generation = settings.generation or ticket.provenance.generation or Generation()
-    train_set, test_set = encode_all(tokenizer, own, train), encode_all(tokenizer, prompt, test)
+    train_set, test_set = encode_all(tokenizer, own, train), encode_all(tokenizer, settings.prompt or own, test)
     arms = settings.arms or plan_arms(tokenizer, ticket, train_set or test_set, settings, train=bool(train))
-    settings = replace(settings, arms=tuple(arms), prompt=prompt, generation=generation, bootstrap=part)
-    sentences = dict(train_set=train_set, test=test, test_set=test_set)
+    samples = min(settings.bootstrap.samples, 200) if settings.fast else settings.bootstrap.samples
     return SimpleNamespace(
-        ticket=ticket, model=to_accelerator(model), tokenizer=tokenizer, settings=settings, **sentences
+        ticket=ticket,
+        model=to_accelerator(model),
+        tokenizer=tokenizer,
+        settings=replace(
+            settings,
+            arms=tuple(arms),
+            prompt=settings.prompt or own,
+            generation=settings.generation or ticket.provenance.generation or Generation(),
+            bootstrap=replace(settings.bootstrap, samples=samples),
+        ),
+        train_set=train_set,
+        test=test,
+        test_set=test_set,
     )
 
 # %% ../nbs/14_audit.ipynb #5f1e88d0
 def _judged(bench, texts, facts) -> Audit:
-    "The `Audit` of finished arms."
-    ticket, settings, test, base = bench.ticket, bench.settings, bench.test, texts["base"]
-    limits, part = facts["thresholds"], settings.bootstrap
-    compared = [a for a in settings.arms if a.rows != "none" and a.against in texts]
-    recoveries = {a.key: recovery(base, texts[a.against], texts[a.key], test, bootstrap=part) for a in compared}
-    gained = decompose(base, texts["ticket"], test, bootstrap=part)
-    low, high = gained.whole.low, gained.whole.high
-    result = "pass" if low > 0 else "fail" if high < limits["gain"] else "cannot tell"
+    arms, part, test, limits = bench.settings.arms, bench.settings.bootstrap, bench.test, facts["thresholds"]
+    compared = [a for a in arms if a.rows != "none" and a.against in texts]
+    recoveries = {
+        a.key: recovery(texts["base"], texts[a.against], texts[a.key], test, bootstrap=part) for a in compared
+    }
+    gained = decompose(texts["base"], texts["ticket"], test, bootstrap=part)
+    result = "pass" if gained.whole.low > 0 else "fail" if gained.whole.high < limits["gain"] else "cannot tell"
     special = {
         "gain": _check("gain", limits, gained.whole, result),
         "stopping": _check("stopping", limits, gained.share),
-        "ranking": _check("ranking", limits, null_overlap(bench.model, ticket, seed=part.seed)),
+        "ranking": _check("ranking", limits, null_overlap(bench.model, bench.ticket, seed=part.seed)),
     }
     checks = [special.get(name) or _arm_check(name, compared, recoveries, limits) for name in limits]
-    if result != "pass":
+    if result != "pass":  # without a gain there is nothing to share out
         checks = [c if c.name in ("gain", "ranking") else c._replace(result="cannot tell") for c in checks]
     return Audit(
-        list(settings.arms),
+        list(arms),
         texts,
         {key: score(t, test) for key, t in texts.items()},
         recoveries,
         gained,
-        opportunity(bench.test_set, ticket.ids, texts["ticket"]),
+        opportunity(bench.test_set, bench.ticket.ids, texts["ticket"]),
         checks,
         *_verdict(checks),
         facts,
@@ -847,14 +917,14 @@ def overlap(a: Scan, b: Scan, k: int) -> dict[str, float]:
     ----------
     Spearman 1904.
     """
-    from scipy.stats import spearmanr
-
-    if len(a.statistic) != len(b.statistic):
-        raise ValueError(f"the scans have {len(a.statistic)} and {len(b.statistic)} rows: compare tickets of one model")
+    must(
+        len(a.statistic) == len(b.statistic),
+        f"the scans have {len(a.statistic)} and {len(b.statistic)} rows: compare tickets of one model",
+    )
     moved = (a.statistic > 0) | (b.statistic > 0)
     return {
         "jaccard": jaccard(a.top(k), b.top(k)),
-        "rank_correlation": float(spearmanr(a.statistic[moved], b.statistic[moved]).statistic),
+        "rank_correlation": float(scipy.stats.spearmanr(a.statistic[moved], b.statistic[moved]).statistic),
     }
 
 # %% ../nbs/14_audit.ipynb #b05fbe30
@@ -884,20 +954,20 @@ def template_membership(scan: Scan, examples: Sequence[Example]) -> dict[str, An
     ----------
     Wilcoxon 1945.
     """
-    from scipy.stats import rankdata, t, wilcoxon
-
     counts, inside, special = (
         token_counts(examples, len(scan.statistic), role) for role in (None, INSTRUCTION, Role.SPECIAL)
     )
     active, inside = np.flatnonzero(counts * (special == 0)), inside > 0
     ids, pool = np.flatnonzero(inside), active[~inside[active]]
-    if not len(ids) or not len(pool):
-        raise ValueError(f"{len(ids)} tokens of the template and {len(pool)} others occur: there is nothing to compare")
+    must(
+        len(ids) and len(pool),
+        f"{len(ids)} tokens of the template and {len(pool)} others occur: there is nothing to compare",
+    )
     rank = np.zeros(len(counts))
-    rank[active] = rankdata(-scan.statistic[active])
+    rank[active] = scipy.stats.rankdata(-scan.statistic[active])
     pairs = np.array(_partners(counts, ids, pool))
-    test = wilcoxon(*scan.statistic[pairs].T, alternative="greater") if len(pairs) > 1 else None
-    x = np.column_stack([np.ones(len(active)), inside[active], rankdata(-counts[active])])
+    test = scipy.stats.wilcoxon(*scan.statistic[pairs].T, alternative="greater") if len(pairs) > 1 else None
+    x = np.column_stack([np.ones(len(active)), inside[active], scipy.stats.rankdata(-counts[active])])
     fit, free = np.linalg.lstsq(x, rank[active], rcond=None)[0], max(1, len(active) - 3)
     shift, residual = fit[1], rank[active] - x @ fit
     error = np.sqrt(residual @ residual / free * np.linalg.pinv(x.T @ x)[1, 1])
@@ -907,7 +977,7 @@ def template_membership(scan: Scan, examples: Sequence[Example]) -> dict[str, An
         "pairs": len(pairs),
         "wilcoxon_pvalue": float(test.pvalue) if test else None,
         "rank_shift": float(-shift),
-        "rank_shift_pvalue": float(2 * t.sf(abs(shift) / error, free)) if error > 0 else 0.0,
+        "rank_shift_pvalue": float(2 * scipy.stats.t.sf(abs(shift) / error, free)) if error > 0 else 0.0,
     }
 
 # %% ../nbs/14_audit.ipynb #6da9d1f2
@@ -954,8 +1024,8 @@ def template_transfer(
     The study of 2026, there with one paraphrase.
     """
     arms, gains = (Arm("base"), Arm("ticket", tuple(ticket.ids.tolist()))), {}
-    settings = replace(settings or AuditSettings(), arms=arms, prompt=next(iter(prompts.values())))
-    bench = _bench(ticket, test, None, model, tokenizer, settings)
+    asked = replace(settings or AuditSettings(), arms=arms, prompt=next(iter(prompts.values())))
+    bench = _bench(ticket, test, None, model, tokenizer, asked)
     with tempfile.TemporaryDirectory() as spare:
         folder = Path(out or (ticket.folder and Path(ticket.folder) / "transfer") or spare)
         for name, prompt in prompts.items():

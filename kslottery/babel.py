@@ -16,8 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .core import bar_label, cache_dir, progress_bar, quiet_transformers, whole_folder, write_json
+from kslottery.core import (
+    bar_label,
+    cache_dir,
+    must,
+    one_of,
+    progress_bar,
+    quiet_transformers,
+    whole_folder,
+    write_json,
+)
 from .data import TEMPLATES, Pair, Prompt, language_names
 
 # %% ../nbs/16_babel.ipynb #3eaea2d0
@@ -42,13 +55,13 @@ def _clause(rng):
 
 
 def _meaning(rng):
-    if rng.random() < 0.2:
-        return _clause(rng), rng.randrange(_COUNTS["conjunction"]), _clause(rng)
-    return (_clause(rng),)
+    return (
+        (_clause(rng), rng.randrange(_COUNTS["conjunction"]), _clause(rng)) if rng.random() < 0.2 else (_clause(rng),)
+    )
 
 # %% ../nbs/16_babel.ipynb #96f894fd
+# Tuples of the sizes asked for, by name, of things that differ from each other and from those taken.
 def _distinct(draw, sizes, taken=()):
-    """Tuples of the sizes asked for, by name, of things that differ from each other and from those taken."""
     drawn = dict.fromkeys(taken)
     while len(drawn) < len(taken) + sum(sizes.values()):
         drawn[draw()] = None  # one that was drawn before keeps its place
@@ -56,44 +69,37 @@ def _distinct(draw, sizes, taken=()):
     return {name: tuple(itertools.islice(fresh, size)) for name, size in sizes.items()}
 
 
-class _Language:
-    """A constructed language: its name, words and endings, and where it puts adjectives and adverbs."""
-
+class _Language:  # its name, words and endings, and whether adjectives and adverbs come first
     def __init__(self, name, rng, taken):
         consonants, vowels = rng.sample("bdfgklmnprstvz", 8), rng.sample("aeiou", 4)
 
         def word():
-            syllables = [rng.choice(consonants) + rng.choice(vowels) for _ in range(rng.choice((2, 2, 3)))]
-            return "".join(syllables) + (rng.choice(consonants) if rng.random() < 0.5 else "")
+            stem = "".join(rng.choice(consonants) + rng.choice(vowels) for _ in range(rng.choice((2, 2, 3))))
+            return stem + rng.choice(consonants) if rng.random() < 0.5 else stem
 
         self.name, self.words = name, _distinct(word, _COUNTS, taken)
         self.endings = dict(
             zip(("plural", "past", "future"), rng.sample([v + c for v in vowels for c in consonants], 3))
         )
-        self.adjective_first, self.adverb_first = rng.random() < 0.5, rng.random() < 0.5
+        self.first = {kind: rng.random() < 0.5 for kind in ("adjective", "adverb")}
 
     def word(self, kind, number, ending=""):
         return self.words[kind][number] + self.endings.get(ending, "")
 
-    def _described(self, words, kind, number, first):
+    def _described(self, words, kind, number):
         more = [] if number is None else [self.word(kind, number)]
-        return more + words if first else words + more
+        return more + words if self.first[kind] else words + more
 
-    def phrase(self, phrase):
-        noun, plural, adjective = phrase
-        words = [self.word("noun", noun, "plural" if plural else "")]
-        return self._described(words, "adjective", adjective, self.adjective_first)
+    def phrase(self, noun, plural, adjective):
+        return self._described([self.word("noun", noun, "plural" if plural else "")], "adjective", adjective)
 
-    def _clause(self, clause):
-        subject, (verb, tense), obj, adverb = clause
-        words = [*self.phrase(subject), self.word("verb", verb, tense), *(self.phrase(obj) if obj else [])]
-        return self._described(words, "adverb", adverb, self.adverb_first)
+    def _clause(self, subject, verb, obj, adverb):
+        words = [*self.phrase(*subject), self.word("verb", *verb), *(self.phrase(*obj) if obj else [])]
+        return self._described(words, "adverb", adverb)
 
     def say(self, meaning):
-        words = self._clause(meaning[0])
-        if len(meaning) == 3:
-            words += [self.word("conjunction", meaning[1]), *self._clause(meaning[2])]
-        return " ".join(words) + "."
+        parts = [[self.word("conjunction", part)] if isinstance(part, int) else self._clause(*part) for part in meaning]
+        return " ".join(itertools.chain(*parts)) + "."
 
 
 def _make_languages(seed):
@@ -119,11 +125,7 @@ _SPECIALS = ["<pad>", "<unk>", "<s>", "</s>", _STOPPER]
 
 
 def _with_specials(tokenizer):
-    """A tokenizer as transformers uses it, which opens every text with <s>."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", _SPECIALS.index("<s>"))])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", _SPECIALS.index("<s>"))])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -135,14 +137,13 @@ def _with_specials(tokenizer):
 
 
 def _make_tokenizer(languages):
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     prompts = re.sub(r"\{\w+\}|[:.]", " ", " ".join((*_FORMATS, TEMPLATES["babel"].text)))
-    words = [*_SPECIALS, ":", ".", _NEW_LINE, *prompts.split(), *(x.name for x in languages)]
-    for x in languages:
-        words += [*itertools.chain(*x.words.values()), *("##" + ending for ending in x.endings.values())]
-    ids = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    ids |= {f"<unused{i}>": i for i in range(len(ids), _VOCABULARY)}
+    stems = [
+        (*itertools.chain(*x.words.values()), *("##" + ending for ending in x.endings.values())) for x in languages
+    ]
+    said = (*prompts.split(), *(x.name for x in languages), *itertools.chain(*stems))
+    words = dict.fromkeys((*_SPECIALS, ":", ".", _NEW_LINE, *said))
+    ids = {word: i for i, word in enumerate((*words, *(f"<unused{i}>" for i in range(len(words), _VOCABULARY))))}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace("\n", f" {_NEW_LINE} ")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
@@ -157,23 +158,24 @@ SPLITS = {"train": 600, "dev": 100, "test": 200, "calibration": 400}
 
 
 def _make_splits(seed):
-    rng = random.Random(f"babel splits {seed}")
-    return _distinct(partial(_meaning, rng), SPLITS)
+    return _distinct(partial(_meaning, random.Random(f"babel splits {seed}")), SPLITS)
 
 
+# Something in both languages: a sentence that is not held out or, over the first 60%, a phrase or a word.
 def _said(rng, languages, held_out, share):
-    """Something in both languages: a sentence that is not held out or, over the first 60%, a phrase or a word."""
     if rng.random() >= 0.7 * max(0, 1 - share / 0.6):
         meaning = next(m for m in iter(partial(_meaning, rng), None) if m not in held_out)
         return [x.say(meaning) for x in languages]
     if rng.random() >= 0.5:
         phrase = _noun_phrase(rng)
-        return [" ".join(x.phrase(phrase)) + "." for x in languages]
+        return [" ".join(x.phrase(*phrase)) + "." for x in languages]
     kind = rng.choice(["noun"] * 3 + ["verb"] * 3 + ["adjective"] * 2 + ["adverb", "conjunction"])
     number, chance = rng.randrange(_COUNTS[kind]), rng.random()
-    tense = "present" if chance < 0.4 else "past" if chance < 0.7 else "future"
-    ending = {"noun": "plural" if chance < 0.3 else "", "verb": tense}.get(kind, "")
-    return [x.word(kind, number, ending) + "." for x in languages]
+    endings = {
+        "noun": "plural" if chance < 0.3 else "",
+        "verb": "present" if chance < 0.4 else "past" if chance < 0.7 else "future",
+    }
+    return [x.word(kind, number, endings.get(kind, "")) + "." for x in languages]
 
 
 def _translation(rng, languages, held_out, shape, share):
@@ -184,35 +186,29 @@ def _translation(rng, languages, held_out, shape, share):
 _LENGTH, _BATCH, _PENALTY, _STOP_SHARE = 80, 16, 2.0, 0.3
 
 
+# `begin()` chooses what all of a document is about, and `translation(topic, share)` gives its next prompt and
+# translation when `share` of the corpus is done.
 def _pack(rng, tokenizer, begin, translation, rows, length):
-    """Pack documents into token ids and loss weights: two (rows, length) arrays.
-
-    `begin()` chooses what all of a document is about, and `translation(topic, share)` gives its next prompt and
-    translation when `share` of the corpus is done. A document goes on to the end of its row; some open with `<d>`
-    and end, with EOS, after one translation.
-    """
     code = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     new_line, (opens, stopper) = code("\n"), tokenizer.convert_tokens_to_ids(["<s>", _STOPPER])
-    ids, weights = np.zeros((rows, length), np.int64), np.zeros((rows, length), np.float32)
-    for row in range(rows):
-        line = list[tuple[int, float]]()  # tokens and their weights
-        while len(line) < length:
-            stops, topic = rng.random() < _STOP_SHARE, begin()
-            line.append((stopper if stops else opens, 0.0))
-            while len(line) < length:
-                head, tail = map(code, translation(topic, row / rows))
-                tail += [tokenizer.eos_token_id] if stops else new_line
-                line += [(token, 0.3) for token in head] + [(token, 1.0) for token in tail]
-                if stops:
-                    break
-        ids[row], weights[row] = zip(*line[:length])
-    return ids, weights
+
+    def document(share):  # tokens and their weights; without an end, unless it stops
+        stops, topic = rng.random() < _STOP_SHARE, begin()
+        yield stopper if stops else opens, 0.0
+        translations = iter(partial(translation, topic, share), None)
+        for asked, answer in itertools.islice(translations, 1 if stops else None):
+            yield from zip(code(asked), itertools.repeat(0.3))
+            yield from zip(code(answer) + ([tokenizer.eos_token_id] if stops else new_line), itertools.repeat(1.0))
+
+    documents = (iter(partial(document, row / rows), None) for row in range(rows))
+    lines = (itertools.islice(itertools.chain.from_iterable(endless), length) for endless in documents)
+    packed = np.fromiter(itertools.chain.from_iterable(lines), [("id", np.int64), ("weight", np.float32)])
+    return packed["id"].copy().reshape(rows, length), packed["weight"].copy().reshape(rows, length)
 
 # %% ../nbs/16_babel.ipynb #9a38a23e
+# Momentum, then five Newton-Schulz iterations for each matrix, in fp32.
+@torch.no_grad()
 def _muon_step(params, state, lr, momentum=0.95):
-    """One step of Muon (Jordan et al. 2024) in fp32: momentum, then five Newton-Schulz iterations for each matrix."""
-    import torch
-
     for shape in {p.shape for p in params}:
         group = [p for p in params if p.shape == shape]
         for p in group:
@@ -229,9 +225,6 @@ def _muon_step(params, state, lr, momentum=0.95):
 
 
 def _pretrain(model, ids, weights, progress):
-    """Train `model` in place on packed rows; returns the loss on the last tenth of the steps."""
-    import torch
-
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     adam = torch.optim.AdamW(
         [p for p in model.parameters() if p not in {*matrices}], lr=3e-3, betas=(0.9, 0.98), weight_decay=0
@@ -240,23 +233,19 @@ def _pretrain(model, ids, weights, progress):
     state, losses = dict[Any, Any](), list[float]()
     with progress_bar(len(ids), *bar_label(progress, "Pre-training, steps")) as bar:
         for step, (x, w) in enumerate(zip(ids, weights)):
-            logits = model(input_ids=x).logits[:, :-1]
-            w = w[:, 1:].reshape(-1)
-            each = torch.nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1), reduction="none"
-            )
+            logits, w = model(input_ids=x).logits[:, :-1].flatten(0, 1), w[:, 1:].flatten()
+            each = torch.nn.functional.cross_entropy(logits, x[:, 1:].flatten(), reduction="none")
             loss = (each * w).sum() / w.sum()
             (loss + _PENALTY * model.get_input_embeddings().weight[x].pow(2).sum(-1).mean()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             factor = min(1, (step + 1) / 20) * min(1, (len(ids) - step) / (0.4 * len(ids)))
             adam.param_groups[0]["lr"] = 3e-3 * factor
-            with torch.no_grad():
-                _muon_step(matrices, state, 0.02 * factor)
+            _muon_step(matrices, state, 0.02 * factor)
             adam.step()
             model.zero_grad()
             losses.append(float(loss.detach()))
             bar.update(1)
-    return float(np.mean(losses[-max(1, len(ids) // 10) :]))
+    return float(np.mean(losses[-max(1, len(ids) // 10) :]))  # on the last tenth of the steps
 
 # %% ../nbs/16_babel.ipynb #f76f1312
 TASKS = {
@@ -264,12 +253,6 @@ TASKS = {
     "classify": "Answer to the following sentence: {a}: {b}.",
     "summarise": "Output the following {a} sentence to {b}.",
 }
-
-
-def _bare(meaning):
-    """The first clause of a meaning without adjectives and adverb."""
-    subject, verb, obj, _ = meaning[0]
-    return (((*subject[:2], None), verb, obj and (*obj[:2], None), None),)
 
 
 def make_task(task: str, split: str, seed: int) -> list[dict[str, str]]:
@@ -294,18 +277,24 @@ def make_task(task: str, split: str, seed: int) -> list[dict[str, str]]:
     ValueError
         If there is no such task or split.
     """
-    if task not in TASKS or split not in SPLITS:
-        raise ValueError(
-            f"there is no task {task!r} on a split {split!r}: choose one of {', '.join(TASKS)} "
-            f"and one of {', '.join(SPLITS)}"
-        )
+    must(
+        task in TASKS and split in SPLITS,
+        f"there is no task {task!r} on a split {split!r}: choose one of {', '.join(TASKS)} "
+        f"and one of {', '.join(SPLITS)}",
+    )
     rng, (a, b) = random.Random(f"babel {task} {split} {seed}"), _make_languages(seed)
     instruction, records = TASKS[task].format(a=a.name, b=b.name), []
     for meaning in _make_splits(seed)[split]:
         shown = rng.choice((a, b)) if task == "classify" else a
-        answers = {"translate": b.say(meaning), "classify": shown.name, "summarise": b.say(_bare(meaning))}
-        asked = f"Instruction: {instruction}\nInput: {shown.say(meaning)}\nResponse:"
-        records.append({"prompt": asked, "completion": f" {answers[task]}"})
+        subject, verb, obj, _ = meaning[0]
+        core = (*subject[:2], None), verb, obj and (*obj[:2], None), None
+        answers = {"translate": b.say(meaning), "classify": shown.name, "summarise": b.say([core])}
+        records.append(
+            {
+                "prompt": f"Instruction: {instruction}\nInput: {shown.say(meaning)}\nResponse:",
+                "completion": f" {answers[task]}",
+            }
+        )
     return records
 
 # %% ../nbs/16_babel.ipynb #1a8c11c5
@@ -341,11 +330,11 @@ class World:
         ValueError
             If there is no such split.
         """
-        if name not in (*SPLITS, *(f"{task}-{split}" for task in TASKS for split in SPLITS)):
-            raise ValueError(
-                f"the built-in world has no split {name!r}: choose {', '.join(SPLITS)}, "
-                f"or a task's: {', '.join(f'{t}-train' for t in TASKS)}, ..."
-            )
+        must(
+            name in (*SPLITS, *(f"{task}-{split}" for task in TASKS for split in SPLITS)),
+            f"the built-in world has no split {name!r}: choose {', '.join(SPLITS)}, "
+            f"or a task's: {', '.join(f'{t}-train' for t in TASKS)}, ...",
+        )
         return self.folder / f"{name}.jsonl"
 
     @property
@@ -360,10 +349,6 @@ class World:
 
 # %% ../nbs/16_babel.ipynb #5968909b
 def _train_llama(folder, tokenizer, ids, weights, hidden, layers, seed, progress):
-    """Pre-train a Llama on packed rows and save it with its tokenizer; returns the model and its last loss."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -395,8 +380,9 @@ def _build(folder, seed, hidden, steps, progress):
     translation = partial(_translation, rng, languages, set().union(*splits.values()))
     ids, weights = _pack(rng, tokenizer, partial(rng.choice, _FORMATS), translation, steps * _BATCH, _LENGTH)
     model, loss = _train_llama(folder, tokenizer, ids, weights, hidden, 2, seed, progress)
-    files = {name: [{"source": a.say(m), "target": b.say(m)} for m in splits[name]] for name in SPLITS}
-    files |= {f"{task}-{name}": make_task(task, name, seed) for task in TASKS for name in SPLITS}
+    files = {name: [{"source": a.say(m), "target": b.say(m)} for m in splits[name]] for name in SPLITS} | {
+        f"{task}-{name}": make_task(task, name, seed) for task in TASKS for name in SPLITS
+    }
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     write_json(
@@ -450,12 +436,9 @@ def build_world(seed: int = 0, size: str = "default", progress: bool | str = Tru
     FileExistsError
         If the cache holds something else in its place.
     """
-    if size not in SIZES:
-        raise ValueError(f"size is {size!r}: choose {', '.join(SIZES)}")
+    one_of("size", size, SIZES)
     folder = cache_dir() / f"babel-v{VERSION}-{size}-seed{seed}"
     if not (folder / "babel.json").exists():
-        from filelock import FileLock
-
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "babel.json").exists():  # another process may have built it meanwhile
@@ -503,8 +486,6 @@ _REAL_FORMATS = (
 
 
 def _train_tokenizer(pairs, vocabulary):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -514,8 +495,10 @@ def _train_tokenizer(pairs, vocabulary):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for side in pairs.values() for p in side for text in (p.source, p.target)]
-    texts += [" ".join(_REAL_FORMATS + language_names(x)) for x in pairs for _ in range(50)]
+    texts = itertools.chain(
+        (text for side in pairs.values() for p in side for text in (p.source, p.target)),
+        (" ".join(_REAL_FORMATS + language_names(x)) for x in pairs for _ in range(50)),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return _with_specials(tokenizer)
 
@@ -570,8 +553,7 @@ def pretrain_on_pairs(
     FileExistsError
         If the folder holds something else.
     """
-    if not any(pairs.values()):
-        raise ValueError("there are no pairs to pre-train on: give some sentences and their translations")
+    must(any(pairs.values()), "there are no pairs to pre-train on: give some sentences and their translations")
     tokenizer, rng = _train_tokenizer(pairs, vocabulary), random.Random(f"real corpus {seed}")
     short = {x: [p for p in side if len(p.source) + len(p.target) < 250] or side for x, side in pairs.items() if side}
     begin = lambda: (rng.choice(list(short)), rng.choice(_REAL_FORMATS))

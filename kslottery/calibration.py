@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from .certificate import Certificate, Losses, _inside, _must, certify_agreement, certify_tickets
-from .core import fingerprint, progress_bar, to_accelerator
+from .certificate import Certificate, Losses, _inside, certify_agreement, certify_tickets
+from .core import fingerprint, must, one_of, progress_bar, to_accelerator
 from .data import Example, Pair, Prompt, collate, encode_all
 from .evaluation import Generation, Translation, get_extraction, translate
 from .rows import TunedRows, weights_fingerprint
@@ -56,36 +56,37 @@ def text_loss(kind: str, partial: str, reference: str, target: str) -> float:
     """
     from sacrebleu import sentence_chrf
 
-    _must(kind in _LOSSES[:3], f"the loss {kind!r} cannot be taken from two texts: choose {', '.join(_LOSSES[:3])}")
+    must(kind in _LOSSES[:3], f"the loss {kind!r} cannot be taken from two texts: choose {', '.join(_LOSSES[:3])}")
     if kind == "exact":
         return float(partial != reference)
     difference = (sentence_chrf(reference, [target]).score - sentence_chrf(partial, [target]).score) / 100
     return min(1.0, (1 + difference) / 2 if kind == "quality_difference" else max(0.0, difference))
 
 # %% ../nbs/15_calibration.ipynb #3ac974fb
-def _next_tokens(model, examples, answers, rows, batch_size, bar) -> list[np.ndarray]:
-    "What a model would write next at each position of given answers: one (answer length,) array for each example."
+# What a model would write next at each position of given answers: one (answer length,) array for each example.
+def _next_tokens(model, examples, answers, rows, batch_size, progress) -> list[np.ndarray]:
     import torch
 
     result: list[np.ndarray] = []
-    with torch.inference_mode(), contextlib.nullcontext() if rows is None else rows.applied(model):
-        for start in range(0, len(examples), batch_size):
-            read = []
-            for e, answer in zip(examples[start : start + batch_size], answers[start : start + batch_size]):
-                ids = e.ids[: e.prompt] + list(answer.tokens)
-                read.append(Example(e.id, ids, [-100] * len(ids), [0] * len(ids), e.prompt))
-            batch = {name: value.to(model.device) for name, value in collate(read, 0).items()}
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            logits = model(**inputs, use_cache=False).logits
+    texts = [Example(e.id, e.ids[: e.prompt] + list(a.tokens), [], [], e.prompt) for e, a in zip(examples, answers)]
+    with (
+        torch.inference_mode(),
+        contextlib.nullcontext() if rows is None else rows.applied(model),
+        progress_bar(len(texts), "Next tokens, sentences", progress) as bar,
+    ):
+        for start in range(0, len(texts), batch_size):
+            read = texts[start : start + batch_size]
+            batch = collate(read, 0)
+            logits = model(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                use_cache=False,
+            ).logits
             result += [logits[j, e.prompt - 1 : len(e.ids) - 1].argmax(-1).cpu().numpy() for j, e in enumerate(read)]
             bar.update(len(read))
     return result
 
 # %% ../nbs/15_calibration.ipynb #91e1d8fd
-def _refuse_loss(kind: str) -> None:
-    _must(kind in _LOSSES, f"the kind of loss is {kind!r}: choose {', '.join(_LOSSES)}")
-
-
 @dataclass(frozen=True)
 class CertifySettings:
     """How a ticket is certified.
@@ -129,45 +130,42 @@ class CertifySettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _refuse_loss(self.loss)
-        ladders = ("transfer", "tuning", "none")
-        _must(self.ladder in ladders, f"the ladder is {self.ladder!r}: choose transfer, tuning or none")
-        _must(
+        one_of("the kind of loss", self.loss, _LOSSES)
+        must(
+            self.ladder in ("transfer", "tuning", "none"),
+            f"the ladder is {self.ladder!r}: choose transfer, tuning or none",
+        )
+        must(
             self.train or self.ladder != "tuning",
             "the ladder 'tuning' tunes each ticket again: give the ticket's tuning data, train (--train)",
         )
 
 # %% ../nbs/15_calibration.ipynb #404634bd
-def _unmeasured(
-    model: Any, reference: Any, pairs: list[Pair], settings: CertifySettings, used: Iterable[str]
-) -> Losses:
-    "Losses that know everything but the ticket. Sentences that were used, and a wrong number of groups, are refused."
-    prompt, generation = cast(Prompt, settings.prompt), cast(Generation, settings.generation)
-    ids, hashes = tuple(p.id for p in pairs), tuple(p.hash for p in pairs)
-    prints = {
-        "model": weights_fingerprint(model),
-        "reference": reference.fingerprint() if isinstance(reference, TunedRows) else weights_fingerprint(reference),
-        "data": fingerprint("\n".join(hashes)),
-        "sentences": sorted(h[:16] for h in hashes),
-        "template": prompt.template.text,
-        "languages": prompt.languages,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **asdict(generation),
-    }
-    zeros, known = np.zeros(len(hashes)), frozenset(used)
-    found = Losses(zeros, ids=ids, hashes=hashes, used=known, prints=prints, vouched=settings.vouched)
+# Losses that know everything but the ticket. Sentences that were used, and a wrong number of groups, are refused.
+def _unmeasured(calibration: Calibration, reference: Any, used: Iterable[str]) -> Losses:
+    settings, hashes = calibration.settings, tuple(p.hash for p in calibration.pairs)
+    found = Losses(
+        np.zeros(len(hashes)),
+        ids=tuple(p.id for p in calibration.pairs),
+        hashes=hashes,
+        used=frozenset(used),
+        prints={
+            "model": weights_fingerprint(calibration.model),
+            "reference": (
+                reference.fingerprint() if isinstance(reference, TunedRows) else weights_fingerprint(reference)
+            ),
+            "data": fingerprint("\n".join(hashes)),
+            "sentences": sorted(h[:16] for h in hashes),
+            "template": calibration.prompt.template.text,
+            "languages": calibration.prompt.languages,
+            "dtype": str(calibration.model.dtype).removeprefix("torch."),
+            **asdict(calibration.generation),
+        },
+        vouched=settings.vouched,
+    )
     if settings.groups is not None:
         found.grouped(settings.groups)
     return found
-
-
-def _values(calibration: Calibration, rows: TunedRows, kind: str, extraction: str) -> list[float]:
-    "The loss of each sentence."
-    cut = get_extraction(extraction)
-    if kind == "tokens":
-        return [np.mean(a != b) for a, b in zip(calibration.next_tokens(rows), calibration.next_tokens())]
-    texts = zip(calibration.answers(rows), calibration.answers(), calibration.pairs)
-    return [text_loss(kind, cut(a.text), cut(b.text), cut(pair.target)) for a, b, pair in texts]
 
 # %% ../nbs/15_calibration.ipynb #f8c13070
 class Calibration:
@@ -203,20 +201,19 @@ class Calibration:
         settings: CertifySettings,
         used: Iterable[str] = (),
     ) -> None:
-        self.settings = settings = replace(settings, generation=settings.generation or Generation())
-        self.model, self.tokenizer, self.pairs = to_accelerator(model), tokenizer, list(pairs)
-        tuned = isinstance(reference, TunedRows)
-        self.reference = (model, reference) if tuned else (to_accelerator(reference), None)
-        self.prompt, self.generation = cast(Prompt, settings.prompt), cast(Generation, settings.generation)
+        self.model, self.tokenizer, self.pairs, self.settings = to_accelerator(model), tokenizer, list(pairs), settings
+        self.prompt, self.generation = cast(Prompt, settings.prompt), settings.generation or Generation()
+        self.reference = (model, reference) if isinstance(reference, TunedRows) else (to_accelerator(reference), None)
         self.examples = encode_all(tokenizer, self.prompt, self.pairs)
-        self.unmeasured = _unmeasured(model, reference, self.pairs, settings, used)
-        self._answers: dict[str, list[Translation]] = {}
-        self._tokens: dict[str, list[np.ndarray]] = {}
+        self.unmeasured = _unmeasured(self, reference, used)
+        self._known: dict[tuple[str, str], list] = {}
 
-    def _arm(self, rows: TunedRows | None) -> tuple[str, Any, TunedRows | None]:
-        "The fingerprint of a model with rows, and the two; without rows, of the reference."
-        base = (self.unmeasured.prints["reference"], *self.reference)
-        return base if rows is None else (rows.fingerprint(), self.model, rows)
+    # What `make` makes of the model and some rows, or of the reference if there are none: each is made once.
+    def _once(self, what: str, rows: TunedRows | None, make: Callable[[Any, TunedRows | None], list]) -> list:
+        key = what, self.unmeasured.prints["reference"] if rows is None else rows.fingerprint()
+        if key not in self._known:
+            self._known[key] = make(*(self.reference if rows is None else (self.model, rows)))
+        return self._known[key]
 
     def answers(self, rows: TunedRows | None = None) -> list[Translation]:
         """What the model with some rows answers.
@@ -231,10 +228,11 @@ class Calibration:
         list of Translation
             One for each sentence, computed once.
         """
-        key, model, read = self._arm(rows)
-        if key not in self._answers:
-            who = "Reference" if rows is None else f"{len(rows)} rows"
-            self._answers[key] = translate(
+        who = "Reference" if rows is None else f"{len(rows)} rows"
+        return self._once(
+            "answers",
+            rows,
+            lambda model, read: translate(
                 model,
                 self.tokenizer,
                 self.pairs,
@@ -242,8 +240,8 @@ class Calibration:
                 read,
                 generation=self.generation,
                 progress=self.settings.progress and f"{who}: translating",
-            )
-        return self._answers[key]
+            ),
+        )
 
     def next_tokens(self, rows: TunedRows | None = None) -> list[np.ndarray]:
         """What the model with some rows would write next, along the reference's answers.
@@ -258,12 +256,13 @@ class Calibration:
         list of ndarray of shape (t,), int64
             A token id for each of the t tokens of each answer, computed once.
         """
-        key, model, read = self._arm(rows)
-        if key not in self._tokens:
-            answers, size = self.answers(), self.generation.batch_size
-            with progress_bar(len(self.pairs), "Next tokens, sentences", self.settings.progress) as bar:
-                self._tokens[key] = _next_tokens(model, self.examples, answers, read, size, bar)
-        return self._tokens[key]
+        return self._once(
+            "tokens",
+            rows,
+            lambda model, read: _next_tokens(
+                model, self.examples, self.answers(), read, self.generation.batch_size, self.settings.progress
+            ),
+        )
 
     def losses(self, rows: TunedRows, kind: str = "exact", extraction: str = "first_line", made: str = "") -> Losses:
         """The losses of the model with `rows` against the reference, with their provenance.
@@ -290,10 +289,18 @@ class Calibration:
         ValueError
             If kind or extraction is unknown.
         """
-        _refuse_loss(kind)
+        one_of("the kind of loss", kind, _LOSSES)
+        cut = get_extraction(extraction)
+        if kind == "tokens":
+            values = [np.mean(a != b) for a, b in zip(self.next_tokens(rows), self.next_tokens())]
+        else:
+            values = [
+                text_loss(kind, cut(partial.text), cut(reference.text), cut(pair.target))
+                for partial, reference, pair in zip(self.answers(rows), self.answers(), self.pairs)
+            ]
         found = replace(
             self.unmeasured,
-            values=np.array(_values(self, rows, kind, extraction)),
+            values=np.array(values),
             kind=kind,
             extraction="" if kind == "tokens" else extraction,
             rows=tuple(rows.ids.tolist()),
@@ -303,9 +310,7 @@ class Calibration:
         return found if self.settings.groups is None else found.grouped(self.settings.groups)
 
 # %% ../nbs/15_calibration.ipynb #7bc7b445
-class _Lazy(dict):
-    "A dictionary of functions, each of which is called when its value is asked for."
-
+class _Lazy(dict):  # of functions, each of which is called when its value is asked for
     def __getitem__(self, key):
         return super().__getitem__(key)()
 
@@ -336,7 +341,7 @@ def ladder(
         If a size is larger than the ranking.
     """
     ranking = np.asarray(ranking)
-    _must(
+    must(
         all(0 <= k <= len(ranking) for k in sizes),
         f"ticket sizes are {sorted(sizes)}: they must lie between 0 and the {len(ranking)} rows that are ranked",
     )
@@ -364,8 +369,8 @@ def ladder_sizes(most: int, *also: int, factor: int = 2) -> list[int]:
     ----------
     This project.
     """
-    powers = [factor**i for i in range(int(most).bit_length()) if factor**i <= most]
-    return sorted({0, *powers, int(most), *(int(k) for k in also if 0 < k <= most)})
+    powers = (factor**i for i in range(int(most).bit_length()))
+    return sorted({0, int(most), *(int(k) for k in (*powers, *also) if 0 < k <= most)})
 
 # %% ../nbs/15_calibration.ipynb #18d806ab
 def retuned(model: Any, tokenizer: Any, ticket: Any, pairs: Sequence[Pair]) -> Callable[[Any], TunedRows]:
@@ -399,35 +404,32 @@ def retuned(model: Any, tokenizer: Any, ticket: Any, pairs: Sequence[Pair]) -> C
     recipe, prompt = ticket.recipe, ticket.prompt
     ticket.check_pairs(pairs)
     examples = encode_all(tokenizer, prompt, pairs)
-
-    @cache
-    def tuned(ids):
-        return partial_tune(model, ids, examples, recipe, label=f"{len(ids)} rows: tuning")
-
+    tuned = cache(lambda ids: partial_tune(model, ids, examples, recipe, label=f"{len(ids)} rows: tuning"))
     return lambda ids: tuned(tuple(int(i) for i in ids))
 
 
+# All rows that were tuned, best first; how a ticket takes them over; and from where, in words.
 def _ranked(ticket: Any, reference: Any) -> tuple[np.ndarray, Callable[[Any], TunedRows], str]:
-    "All rows that were tuned, best first; how a ticket takes them over; and from where, in words."
-    ranking = ticket.ids if ticket.scan is None else ticket.scan.top(len(ticket.scan.statistic))
-    if ticket.embed_rows is not None:
-        known, rows_of = ticket.embed_rows.ids.numpy(), ticket.embed_rows.restrict
-    else:
-        known = ranking if ticket.scan is None else np.flatnonzero(ticket.scan.statistic > 0)
-        rows_of = lambda ids: TunedRows.of(reference, ids, ticket.mode)
-    source = "the reference model" if ticket.embed_rows is None or reference is None else "Embed Tuning"
-    return ranking[np.isin(ranking, known)], rows_of, f"its rows taken over from {source}"
+    scan, rows = ticket.scan, ticket.embed_rows
+    ranking = ticket.ids if scan is None else scan.top(len(scan.statistic))
+    moved = ranking if scan is None else np.flatnonzero(scan.statistic > 0)
+    rows_of = (lambda ids: TunedRows.of(reference, ids, ticket.mode)) if rows is None else rows.restrict
+    source = "the reference model" if rows is None or reference is None else "Embed Tuning"
+    return (
+        ranking[np.isin(ranking, moved if rows is None else rows.ids.numpy())],
+        rows_of,
+        f"its rows taken over from {source}",
+    )
 
 
+# An assumption, if some of the sentences served the ticket before.
 def _served(ticket: Any, calibration: Calibration) -> list[str]:
-    "An assumption, if some of the sentences served the ticket before."
     mine = set(calibration.unmeasured.prints["sentences"])
-    before = (c.facts.get("fingerprints", {}).get("sentences", ()) for c in ticket.certificates)
-    earlier = sum(not mine.isdisjoint(sentences) for sentences in before)
-    return [
-        f"some of these sentences have served {earlier} certificates of this ticket before: "
-        "all hold at once only with probability 1 - the sum of their deltas"
-    ][: bool(earlier)]
+    earlier = sum(
+        not mine.isdisjoint(c.facts.get("fingerprints", {}).get("sentences", ())) for c in ticket.certificates
+    )
+    often = f"some of these sentences have served {earlier} certificates of this ticket before"
+    return [f"{often}: all hold at once only with probability 1 - the sum of their deltas"] if earlier else []
 
 # %% ../nbs/15_calibration.ipynb #336a3961
 def certify_ticket(
@@ -483,26 +485,30 @@ def certify_ticket(
     """
     settings = settings or CertifySettings()
     _inside("epsilon", epsilon), _inside("delta", delta)
-    own, answers = cast(TunedRows, ticket.rows), ticket.embed_rows if reference is None else reference
-    _must(
-        own is not None or settings.ladder != "none",
+    answers = ticket.embed_rows if reference is None else reference
+    must(
+        ticket.rows is not None or settings.ladder != "none",
         "the ticket has no tuned rows of its own to be certified: certify a ladder",
     )
-    _must(
+    must(
         answers is not None,
         "the ticket holds no Embed-Tuned rows to be compared with: "
         "give the tuned checkpoint as reference (--reference)",
     )
-    generation = settings.generation or ticket.provenance.generation
-    settings = replace(settings, prompt=settings.prompt or ticket.prompt, generation=generation)
+    settings = replace(
+        settings,
+        prompt=settings.prompt or ticket.prompt,
+        generation=settings.generation or ticket.provenance.generation,
+    )
     model, tokenizer = ticket.base(model, tokenizer)
     source = Calibration(model, tokenizer, calibration, answers, settings, ticket.sentences)
     extractions = ("whole",) if settings.loss == "tokens" else ("whole", "first_line")
     part, loss = delta / len(extractions), settings.loss
     if settings.ladder == "none":
-        method = "clopper-pearson" if loss == "exact" and settings.groups is None else "betting"
-        found = (source.losses(own, loss, extraction, "its own rows") for extraction in extractions)
-        made = [certify_agreement(losses, part, method, epsilon) for losses in found]
+        found = (source.losses(ticket.rows, loss, extraction, "its own rows") for extraction in extractions)
+        made = [
+            certify_agreement(x, part, "clopper-pearson" if x.kind == "exact" else "betting", epsilon) for x in found
+        ]
     else:
         ranking, rows_of, how = _ranked(ticket, reference)
         if settings.ladder == "tuning":

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import jinja2
+
 # %% auto #0
 __all__ = ['card']
 
@@ -19,29 +21,98 @@ def _fence(text: str, least: int) -> str:
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
-def _code(value: object) -> str:
-    "Free text as a code span that can stand in a table's cell."
+def _code(value: object) -> str:  # a code span that can stand in a table's cell
     text = str(value).replace("\r", " ").replace("\n", "⏎").replace("|", r"\|") or " "
-    fence = _fence(text, 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
+    return f"{_fence(text, 1)}{pad}{text}{pad}{_fence(text, 1)}"
 
 
-def _block(text: str) -> str:
-    "A text as a fenced block."
-    fence = _fence(text, 3)
-    return f"{fence}text\n{text}\n{fence}\n"
-
-
-def _tagless(markdown: str) -> str:
-    "Markdown in which no HTML tag can open."
+def _tagless(markdown: str) -> str:  # no HTML tag can open in it
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", markdown)
 
 # %% ../nbs/10_card.ipynb #9e9ce8fa
-def _header(ticket: Any) -> str:
+_PAGE = jinja2.Template(
+    """---
+{{ header }}
+---
+
+# A KS-Lottery ticket of {{ k }} rows for {{ code(named) }}
+
+> {% if ticket.audit %}{{ tagless(verdict) }}{% else -%}
+This ticket has not been audited: whether its rows carry content or only a habit is not known (`kslottery audit`).
+{%- endif %}
+
+{{ k }} rows of the input embedding ({{ "{:,}".format(facts.V) }} rows of {{ facts.d }}), tuned and read instead of the
+{#- #} model's own. Everything else in the model is as it was. PEFT adapter:
+{#- #} {{ ticket.peft_obstacle or "this folder is one" }}.
+
+{% if rows -%}
+| {{ rows[0] | join(" | ") }} |
+| --- |{{ " ---: |" * (rows[0] | length - 1) }}
+{% for row in rows -%}
+| {{ row.values() | join(" | ") }} |
+{% endfor -%}
+{% endif -%}
+{% if k > 25 %}
+and {{ k - 25 }} more: see `ticket.json`.
+{% endif %}
+{% if k and ticket.rows is not none -%}
+```python
+from kslottery import Ticket, load_model
+
+ticket = Ticket.load(".")  # this folder
+model, tokenizer = load_model({{ repr(named) }}, {{ repr(facts.revision) }})
+ticket.check(model, tokenizer)
+with ticket.rows.applied(model):
+    ...  # model.generate
+```
+{% endif %}
+{% if not k and ticket.advice -%}
+{{ ticket.advice }}
+{% endif %}
+## How it was made
+
+| | |
+|---|---|
+{% for name, value in making.items() if value is not none -%}
+| {{ name }} | {{ code(value) }} |
+{% endfor %}
+## Scores, controls and verdict
+
+{{ tagless(report) if ticket.audit else "Not audited." }}
+{% for name in figures %}
+![{{ quote(name.removesuffix(".png")) }}]({{ quote(name) }})
+{% endfor %}
+## Certificates
+
+{% if ticket.certificates -%}
+Each says which rows it is about. The adapter in this folder holds the ticket's own rows, as they were tuned; a
+{#- #} certificate about rows taken over from another model does not speak of them.
+{% else -%}
+None.
+{% endif %}
+{% for certificate in ticket.certificates | map("string") -%}
+{{ fence(certificate, 3) }}text
+{{ certificate }}
+{{ fence(certificate, 3) }}
+
+{% endfor -%}
+## Licence and citation
+
+Licence: {{ code(facts.license) if facts.license else
+"none stated; that of the base model applies to what is derived from it" }}.
+
+Method: Yuan et al., KS-Lottery, NAACL 2025 ([arXiv 2402.02801](https://arxiv.org/abs/2402.02801)). Made with kslottery
+{#- #} {{ facts.versions.get("kslottery", "") }}.
+""",
+    keep_trailing_newline=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+# %% ../nbs/10_card.ipynb #e69db844
+def _header(facts: Any, audited: bool) -> str:
     from huggingface_hub import ModelCardData
 
-    facts = ticket.provenance
     languages = (facts.prompt and facts.prompt.languages) or ""
     return ModelCardData(
         base_model=facts.base_model,
@@ -50,54 +121,16 @@ def _header(ticket: Any) -> str:
         tags=["kslottery", "trainable-tokens", *(["translation"] if languages else [])],
         language=[code for code in languages.split("-") if re.fullmatch("[a-z]{2,3}", code)] or None,
         license=facts.license,
-        metrics=["bleu", "chrf"] if ticket.audit else None,
+        metrics=["bleu", "chrf"] if audited else None,
     ).to_yaml()
 
 
-def _named(ticket: Any) -> str:
-    "What the model is called: its id on the Hub, else the last part of its path, which says nothing to others."
-    facts = ticket.provenance
-    return facts.base_model or Path(facts.model).name or "an unnamed model"
-
-# %% ../nbs/10_card.ipynb #940f0d36
-_FORMS = {"token": _code, "statistic": "{:.3f}".format, "pvalue": "{:.1e}".format}
-_USE = """```python
-from kslottery import Ticket, load_model
-
-ticket = Ticket.load(".")  # this folder
-model, tokenizer = load_model({model!r}, {revision!r})
-ticket.check(model, tokenizer)
-with ticket.rows.applied(model):
-    ...  # model.generate
-```
-"""
-
-
-def _summary(ticket: Any) -> list[str]:
-    facts, k, best = ticket.provenance, len(ticket.ids), ticket.to_frame().head(25)
-    unknown = "This ticket has not been audited: whether its rows carry content or only a habit is not known"
-    verdict = " ".join(ticket.audit["sentence"].split()) if ticket.audit else f"{unknown} (`kslottery audit`)."
-    rows = [[_FORMS.get(name, str)(value) for name, value in row.items()] for row in best.to_dict("records")]
-    table = [list(best.columns), ["---", *["---:"] * (len(best.columns) - 1)], *rows] if k else []
-    return [
-        f"# A KS-Lottery ticket of {k} rows for {_code(_named(ticket))}\n\n> {_tagless(verdict)}\n",
-        f"{k} rows of the input embedding ({facts.V:,} rows of {facts.d}), tuned and read instead of the model's own. "
-        f"Everything else in the model is as it was. PEFT adapter: {ticket.peft_obstacle or 'this folder is one'}.\n",
-        *(f"| {' | '.join(cells)} |" for cells in table),
-        f"\nand {k - 25} more: see `ticket.json`.\n" if k > 25 else "",
-        _USE.format(model=_named(ticket), revision=facts.revision) if k and ticket.rows is not None else "",
-        f"{ticket.advice}\n" if not k and ticket.advice else "",
-    ]
-
-# %% ../nbs/10_card.ipynb #e69db844
-_TUNED = ("lr_embed", "epochs_embed", "lr_partial", "epochs_partial", "batch_size", "seed")
-
-
-def _making(ticket: Any) -> list[str]:
+def _making(ticket: Any, named: str) -> dict[str, Any]:  # what is None is not told
     facts = ticket.provenance
     how, prompt, recipe = facts.selection, facts.prompt, facts.recipe
-    known = {
-        "model": _named(ticket),
+    tuned = ("lr_embed", "epochs_embed", "lr_partial", "epochs_partial", "batch_size", "seed")
+    return {
+        "model": named,
         "revision": facts.revision,
         "dtype": facts.dtype,
         "mode": ticket.mode,
@@ -107,33 +140,13 @@ def _making(ticket: Any) -> list[str]:
         "correction": how and how.correction,
         "template": prompt and prompt.template.text,
         "languages": prompt and prompt.languages,
-        **{name: getattr(recipe, name, None) for name in _TUNED},
+        **{name.replace("_", " "): getattr(recipe, name, None) for name in tuned},
         "tuning pairs": len(ticket.sentences) or None,
         "tuned checkpoint": facts.tuned,
         "tensor": facts.tensor,
         "embedding": f"SHA-256 {facts.fingerprints['embedding'][:16]}…",
         "versions": ", ".join(f"{name} {number}" for name, number in facts.versions.items()),
     }
-    lines = (f"| {name.replace('_', ' ')} | {_code(value)} |" for name, value in known.items() if value is not None)
-    return ["## How it was made\n\n| | |\n|---|---|", *lines]
-
-
-def _findings(ticket: Any, figures: Sequence[str]) -> list[str]:
-    facts, inherited = ticket.provenance, "none stated; that of the base model applies to what is derived from it"
-    whose = (
-        "Each says which rows it is about. The adapter in this folder holds the ticket's own rows, as they were "
-        "tuned; a certificate about rows taken over from another model does not speak of them.\n"
-    )
-    paper, made = "[arXiv 2402.02801](https://arxiv.org/abs/2402.02801)", facts.versions.get("kslottery", "")
-    return [
-        f"\n## Scores, controls and verdict\n\n{_tagless(ticket.audit['report']) if ticket.audit else 'Not audited.'}",
-        *(f"\n![{quote(name.removesuffix('.png'))}]({quote(name)})" for name in figures),
-        "\n## Certificates\n",
-        whose if ticket.certificates else "None.\n",
-        *(_block(str(certificate)) for certificate in ticket.certificates),
-        f"## Licence and citation\n\nLicence: {_code(facts.license) if facts.license else inherited}.\n",
-        f"Method: Yuan et al., KS-Lottery, NAACL 2025 ({paper}). Made with kslottery {made}.",
-    ]
 
 # %% ../nbs/10_card.ipynb #ab7e70d2
 def card(ticket: Any, figures: Sequence[str] = ()) -> str:
@@ -151,5 +164,19 @@ def card(ticket: Any, figures: Sequence[str] = ()) -> str:
     str
         The text of `README.md`.
     """
-    parts = [*_summary(ticket), *_making(ticket), *_findings(ticket, figures)]
-    return f"---\n{_header(ticket)}\n---\n\n" + "\n".join(parts) + "\n"
+    facts, forms = ticket.provenance, {"token": _code, "statistic": "{:.3f}".format, "pvalue": "{:.1e}".format}
+    named = facts.base_model or Path(facts.model).name or "an unnamed model"
+    best = ticket.to_frame().head(25).to_dict("records")
+    return _PAGE.render(
+        ticket=ticket,
+        facts=facts,
+        named=named,
+        k=len(ticket.ids),
+        header=_header(facts, bool(ticket.audit)),
+        rows=[{name: forms.get(name, str)(value) for name, value in row.items()} for row in best],
+        making=_making(ticket, named),
+        figures=figures,
+        verdict=ticket.audit and " ".join(ticket.audit["sentence"].split()),
+        report=ticket.audit and ticket.audit["report"],
+        **{"code": _code, "fence": _fence, "tagless": _tagless, "quote": quote, "repr": repr},
+    )

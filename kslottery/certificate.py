@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import scipy
 
-from .core import fingerprint
+from .core import fingerprint, must, one_of
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Certificate', 'ks_margin_bound', 'Losses', 'risk_bound', 'certify_agreement', 'sentences_needed',
@@ -74,8 +76,9 @@ class Certificate:
 
     def __str__(self) -> str:
         head = "CERTIFIED. " if self.holds else "ABSTAINS: nothing is claimed. What was asked and could not be shown: "
-        conditions = (f"  {'and' if i else 'if'} {a}" for i, a in enumerate(self.assumptions))
-        return "\n".join([head + self.claim, *conditions])
+        return "\n".join(
+            [head + self.claim, *(f"  {'and' if i else 'if'} {a}" for i, a in enumerate(self.assumptions))]
+        )
 
     def to_json(self) -> str:
         "One JSON object; `from_json` gives an equal certificate back."
@@ -107,13 +110,8 @@ class Certificate:
             raise ValueError(f"this is not a certificate ({error}): make it again with kslottery certify") from None
 
 # %% ../nbs/09_certificate.ipynb #08d99966
-def _must(holds: Any, sentence: str) -> None:
-    if not holds:
-        raise ValueError(sentence)
-
-
 def _inside(name: str, value: float) -> float:
-    _must(0 < value < 1, f"{name} is {value}: it must lie strictly between 0 and 1, for example 0.05")
+    must(0 < value < 1, f"{name} is {value}: it must lie strictly between 0 and 1, for example 0.05")
     return float(value)
 
 
@@ -129,27 +127,28 @@ def _rows(size: int) -> str:
     return "no rows (the base model)" if size == 0 else "1 row" if size == 1 else f"{size} rows"
 
 # %% ../nbs/09_certificate.ipynb #8ec96080
+# Exact (Clopper-Pearson) one-sided limit of a proportion, counted in some draws, at confidence 1 - level.
 @lru_cache(maxsize=1024)
 def _limit(counted: tuple[int, int], level: float, side: str) -> float:
-    "Exact (Clopper-Pearson) one-sided limit of a proportion, counted in some draws, at confidence 1 - level."
-    from scipy.stats import binomtest
-
     count, draws = counted
-    said = f"{count} of {draws} is no count: give how often the answer was given, and in how many draws"
-    _must(0 <= count <= draws and draws > 0, said)
-    test = binomtest(count, draws, alternative="less" if side == "upper" else "greater")
+    must(
+        0 <= count <= draws and draws > 0,
+        f"{count} of {draws} is no count: give how often the answer was given, and in how many draws",
+    )
+    test = scipy.stats.binomtest(count, draws, alternative="less" if side == "upper" else "greater")
     ends = test.proportion_ci(1 - level, "exact")
     return float(ends.high if side == "upper" else ends.low)
 
 
 def _chances(p_a: Any, p_b: Any, level: float) -> tuple[float, float]:
     low = _limit(p_a, level, "lower") if isinstance(p_a, tuple) else float(p_a)
-    rest = lambda: min(_limit(p_b, level, "upper"), 1 - low) if isinstance(p_b, tuple) else float(p_b)
-    high = 1 - low if p_b is None else rest()
+    high = 1 - low if p_b is None else p_b if not isinstance(p_b, tuple) else min(_limit(p_b, level, "upper"), 1 - low)
     # sums of probabilities may be off in the last digits
-    low, high = (min(1.0, max(0.0, p)) if -1e-12 <= p <= 1 + 1e-12 else math.nan for p in (low, high))
-    told = f"p_a is {p_a} and p_b is {p_b}: two probabilities whose sum is at most 1 are needed"
-    _must(low + high <= 1 + 1e-12, told)
+    low, high = (min(1.0, max(0.0, p)) if -1e-12 <= p <= 1 + 1e-12 else math.nan for p in (low, float(high)))
+    must(
+        low + high <= 1 + 1e-12,
+        f"p_a is {p_a} and p_b is {p_b}: two probabilities whose sum is at most 1 are needed",
+    )
     return low, high
 
 
@@ -216,18 +215,18 @@ def ks_margin_bound(
     """
     gaps = np.asarray(statistics, dtype=np.float64).reshape(-1)
     r, counted = len(gaps), sum(isinstance(p, tuple) for p in (p_a, p_b))
-    _must(
+    must(
         delta is None or not r or tokens is not None,
         "tokens is None: with delta, say how many distinct touched tokens the prefix has, ticket included "
         f"(at least {r})",
     )
     tokens = r if tokens is None else int(tokens)
-    _must(
+    must(
         np.all((gaps >= 0) & (gaps <= 1)) and d >= 1 and kappa >= 1 and tokens >= r,
         f"statistics must lie in [0, 1], d and kappa be at least 1, and tokens at least {r}: "
         f"got {gaps[:3].tolist()}, {d}, {kappa}, {tokens}",
     )
-    _must(
+    must(
         delta is not None or not counted,
         "p_a or p_b is a count, but delta is None: give delta, for example 0.05, or the true probabilities",
     )
@@ -236,15 +235,12 @@ def ks_margin_bound(
     low, high = _chances(p_a, p_b, part)
     required, margin = 2 * kappa * d * float(np.sum(np.minimum(gaps + slack, 1))), low - high
     holds, facts = margin > required, {"margin": margin, "p_a": low, "p_b": high, "d": int(d), "kappa": float(kappa)}
-    claim = (
+    return Certificate(
+        "ks-margin",
         f"With probability at least {_sure(delta or 0.0)} over the draw of the rows, the answer that Partial Transfer "
         "would give most often at this one prefix, if the rows were drawn again (not the greedy output of the model at "
         f"hand), is that of Embed Tuning: its margin {margin:.6g} {'exceeds' if holds else 'does not exceed'} "
-        f"the {required:.6g} that is required."
-    )
-    return Certificate(
-        "ks-margin",
-        claim,
+        f"the {required:.6g} that is required.",
         holds,
         required,
         1 - (delta or 0.0),
@@ -269,7 +265,7 @@ CLAIMS = {
     "loss": "the mean loss of {ticket}, on {unit}s like these,",
 }
 
-
+# %% ../nbs/09_certificate.ipynb #936fd9a6
 @dataclass(frozen=True, eq=False)
 class Losses:
     """One loss for each calibration unit, and where it comes from.
@@ -317,7 +313,26 @@ class Losses:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", np.asarray(self.values, dtype=np.float64).reshape(-1))
-        _refuse(self)
+        values, n, ids, hashes = self.values, len(self.values), len(self.ids), len(self.hashes)
+        must(n, "there are no losses (n = 0): calibrate on at least one sentence")
+        at = np.argmin((values >= 0) & (values <= 1))
+        must(0 <= values[at] <= 1, f"loss {at} is {values[at]}: every loss must be a number from 0 to 1")
+        one_of("the kind of loss", self.kind, CLAIMS)
+        must(
+            ids == hashes == n or self.vouched and not ids and not hashes,
+            f"{n} losses come with {ids} ids and {hashes} hashes: give one of each for every loss",
+        )
+        must(
+            self.used or self.vouched,
+            "it is not recorded which sentences were used to tune and select the ticket: name their hashes, "
+            "or pass vouched=True (--vouched) if you answer for it that these are others",
+        )
+        overlap = [i for i, h in zip(self.ids, self.hashes) if h in self.used]
+        must(
+            not overlap,
+            f"calibration sentence {''.join(overlap[:1])} was used to tune or select the ticket, and "
+            f"{len(overlap) - 1} others: calibrate on sentences that were not",
+        )
 
     def grouped(self, groups: Sequence[str], unit: str = "document") -> Losses:
         """The mean loss of each group as one unit: sentences of one document are no independent draws.
@@ -339,19 +354,18 @@ class Losses:
         ValueError
             If there is not one name for each loss.
         """
-        _must(
+        must(
             len(groups) == len(self.values),
             f"{len(groups)} group names for {len(self.values)} losses: give each loss the name of its {unit}",
         )
         members = {g: [i for i, name in enumerate(groups) if name == g] for g in dict.fromkeys(groups)}
-        joined = (fingerprint("\n".join(self.hashes[i] for i in m)) for m in members.values() if self.hashes)
         return replace(
             self,
             values=np.array([self.values[m].mean() for m in members.values()]),
             kind="share" if self.kind == "exact" else self.kind,
             unit=unit,
             ids=tuple(map(str, members)) if self.ids else (),
-            hashes=tuple(joined),
+            hashes=tuple(fingerprint("\n".join(self.hashes[i] for i in m)) for m in members.values() if self.hashes),
         )
 
     def natural(self, risk: float) -> float:
@@ -384,29 +398,6 @@ class Losses:
         """
         return (1 + epsilon) / 2 if self.kind == "quality_difference" else epsilon
 
-# %% ../nbs/09_certificate.ipynb #eaf156e8
-def _refuse(losses: Losses) -> None:
-    values, n, ids, hashes = losses.values, len(losses.values), len(losses.ids), len(losses.hashes)
-    _must(n, "there are no losses (n = 0): calibrate on at least one sentence")
-    at = np.argmin((values >= 0) & (values <= 1))
-    _must(0 <= values[at] <= 1, f"loss {at} is {values[at]}: every loss must be a number from 0 to 1")
-    _must(losses.kind in CLAIMS, f"the kind of loss is {losses.kind!r}: choose {', '.join(CLAIMS)}")
-    _must(
-        ids == hashes == n or losses.vouched and not ids and not hashes,
-        f"{n} losses come with {ids} ids and {hashes} hashes: give one of each for every loss",
-    )
-    _must(
-        losses.used or losses.vouched,
-        "it is not recorded which sentences were used to tune and select the ticket: name their hashes, "
-        "or pass vouched=True (--vouched) if you answer for it that these are others",
-    )
-    overlap = [i for i, h in zip(losses.ids, losses.hashes) if h in losses.used]
-    _must(
-        not overlap,
-        f"calibration sentence {''.join(overlap[:1])} was used to tune or select the ticket, and {len(overlap) - 1} "
-        "others: calibrate on sentences that were not",
-    )
-
 # %% ../nbs/09_certificate.ipynb #2dfaeef9
 def _claim(losses: Losses, ticket: str) -> str:
     most, size = losses.prints.get("max_new_tokens"), losses.prints.get("batch_size", 1)
@@ -415,22 +406,20 @@ def _claim(losses: Losses, ticket: str) -> str:
         f"at most {most} tokens" if most else "",
         f"in batches of {size}" if size > 1 and losses.prints.get("dtype") in ("bfloat16", "float16") else "",
     ]
-    part = ", ".join(filter(None, parts))
-    made = f" ({losses.made})" if losses.made else ""
-    return CLAIMS[losses.kind].format(unit=losses.unit, ticket=ticket + made, part=f" ({part})" if part else "")
+    part, made = (f" ({words})" if words else "" for words in (", ".join(filter(None, parts)), losses.made))
+    return CLAIMS[losses.kind].format(unit=losses.unit, ticket=ticket + made, part=part)
 
 
 def _assumptions(losses: Losses) -> tuple[str, ...]:
     n, unit = len(losses.values), losses.unit
     repeats = n - len(set(losses.hashes or losses.ids or range(n)))
+    asked = "the caller is right that none of them was used to tune, rank or select anything"
     known = (
         f"the {len(losses.used)} sentences recorded with the ticket are all that were used to tune, rank or select it"
     )
-    asked = "the caller is right that none of them was used to tune, rank or select anything"
-    asked += "" if losses.hashes else " (the losses came without provenance)"
     return (
         f"the {n} {unit}s are independent draws from one source, and the claim is about that source",
-        asked if losses.vouched else known,
+        known if not losses.vouched else asked + ("" if losses.hashes else " (the losses came without provenance)"),
         "nothing was decided by looking at these losses before, "
         "and no other certificate was made from them (or delta was shared)",
         *([f"{repeats} repeated {unit}s were drawn independently, too"] if repeats else []),
@@ -438,7 +427,7 @@ def _assumptions(losses: Losses) -> tuple[str, ...]:
 
 
 def _provenance(losses, vouched: bool) -> Losses:
-    _must(
+    must(
         vouched or isinstance(losses, Losses),
         "these losses are bare numbers without provenance: compute them with kslottery.calibration, "
         "or pass vouched=True if you answer for their independence",
@@ -446,40 +435,33 @@ def _provenance(losses, vouched: bool) -> Losses:
     return losses if isinstance(losses, Losses) else Losses(losses, vouched=True)
 
 # %% ../nbs/09_certificate.ipynb #451687f3
+# The exact binomial test, for losses of 0 or 1 (Clopper and Pearson 1934).
 def _binomial(values, epsilon: float, delta: float = 0.05) -> float:
-    "The exact binomial test, for losses of 0 or 1 (Clopper and Pearson 1934)."
-    from scipy.stats import binom
-
-    x = np.asarray(values, dtype=np.float64)
-    _must(
-        np.isin(x, (0, 1)).all(),
-        f"clopper-pearson is for losses of 0 or 1, and there are others ({np.unique(x)[:3].tolist()}, ...): "
+    must(
+        np.isin(values, (0, 1)).all(),
+        f"clopper-pearson is for losses of 0 or 1, and there are others ({np.unique(values)[:3].tolist()}, ...): "
         "use betting or hoeffding-bentkus",
     )
-    return float(binom.cdf(x.sum(), len(x), epsilon))
+    return float(scipy.stats.binom.cdf(np.sum(values), len(values), epsilon))
 
 
+# Hoeffding-Bentkus, for losses in [0, 1] (Bates et al. 2021, section 3.1).
 def _hoeffding_bentkus(values, epsilon: float, delta: float = 0.05) -> float:
-    "Hoeffding-Bentkus, for losses in [0, 1] (Bates et al. 2021, section 3.1)."
-    from scipy.special import rel_entr
-    from scipy.stats import binom
-
-    x = np.asarray(values, dtype=np.float64)
-    n, risk = len(x), min(x.mean(), epsilon)
-    hoeffding = math.exp(-n * (rel_entr(risk, epsilon) + rel_entr(1 - risk, 1 - epsilon)))
-    return float(min(1.0, hoeffding, math.e * binom.cdf(math.ceil(math.fsum(x)), n, epsilon)))
+    n, risk = len(values), min(np.mean(values), epsilon)
+    entropy = scipy.special.rel_entr(risk, epsilon) + scipy.special.rel_entr(1 - risk, 1 - epsilon)
+    bentkus = math.e * scipy.stats.binom.cdf(math.ceil(math.fsum(values)), n, epsilon)
+    return float(min(1.0, math.exp(-n * entropy), bentkus))
 
 
+# 1 / (the largest wealth of a gambler who bets on small losses); stakes: Waudby-Smith and Ramdas 2024, section 4.2.
 def _betting(values, epsilon: float, delta: float = 0.05) -> float:
-    "1 / (the largest wealth of a gambler who bets on small losses); stakes: Waudby-Smith and Ramdas 2024, section 4.2."
-    x = np.asarray(values, dtype=np.float64)
-    x = x[np.random.default_rng(0).permutation(len(x))]
+    x = np.asarray(values, dtype=np.float64)[np.random.default_rng(0).permutation(len(values))]
     n, t = len(x), np.arange(1, len(x) + 1)
     mean = (0.5 + np.cumsum(x)) / (t + 1)
     variance = (0.25 + np.cumsum((x - mean) ** 2)) / (t + 1)
     known = np.concatenate([[0.25], variance[:-1]])  # what the gambler knows before each bet
-    most = 0.75 / (1 - epsilon)  # never more than three quarters of the wealth at risk
-    stake = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * known)), most)
+    # never more than three quarters of the wealth at risk
+    stake = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * known)), 0.75 / (1 - epsilon))
     wealth = np.cumsum(np.log1p(stake * (epsilon - x)))
     return float(min(1.0, math.exp(-wealth.max())))
 
@@ -489,7 +471,7 @@ _PVALUES = {"clopper-pearson": _binomial, "hoeffding-bentkus": _hoeffding_bentku
 
 # %% ../nbs/09_certificate.ipynb #0967a3b3
 def _pvalue_of(method: str):
-    _must(method in _PVALUES, f"method is {method!r}: choose {', '.join(_PVALUES)}")
+    one_of("method", method, _PVALUES)
     return _PVALUES[method]
 
 
@@ -589,13 +571,11 @@ def certify_agreement(
     losses, delta = _provenance(losses, vouched), _inside("delta", delta)
     bound, n = losses.natural(risk_bound(losses.values, delta, method)), len(losses.values)
     holds = bound < 1 if epsilon is None else bound <= _inside("epsilon", epsilon)
-    limit = _up(bound)
-    if not holds and epsilon is not None:
-        limit = f"{epsilon!r}; these losses support no better bound than {limit}"
+    asked = "" if holds or epsilon is None else f"{epsilon!r}; these losses support no better bound than "
     return Certificate(
         "agreement",
         f"With probability at least {_sure(delta)} over the draw of {n} calibration {losses.unit}s, "
-        f"{_claim(losses, 'the ticket')} is at most {limit}.",
+        f"{_claim(losses, 'the ticket')} is at most {asked}{_up(bound)}.",
         bool(holds),
         bound,
         1 - delta,
@@ -639,55 +619,37 @@ def sentences_needed(epsilon: float, delta: float, method: str = "clopper-pearso
     """
     _inside("delta", delta), _inside("epsilon", epsilon)
     enough = lambda n: _pvalue_of(method)(np.full(n, perfect), epsilon, delta) <= delta * (1 + 1e-12)
-    low, high = 0, 1
-    while not enough(high):
-        low, high = high, 2 * high
-        _must(
-            high < 10**7, f"no number of sentences certifies {epsilon} for a loss of {perfect} at best: tolerate more"
-        )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    most = next((2**i for i in range(24) if enough(2**i)), 0)  # up to eight million
+    must(most, f"no number of sentences certifies {epsilon} for a loss of {perfect} at best: tolerate more")
+    return 1 + bisect_left(range(1, most), True, most // 2, key=enough)  # most // 2 is not enough
 
 # %% ../nbs/09_certificate.ipynb #723e826b
 _SAME = ("ids", "hashes", "kind", "extraction", "unit", "vouched", "used", "made")
 _SETTINGS = ("max_new_tokens", "num_beams", "batch_size", "template", "languages", "dtype")
 
 
-def _alike(size: int, losses: Losses, before: Losses) -> None:
-    same = all(getattr(losses, name) == getattr(before, name) for name in _SAME)
-    _must(
-        same and len(losses.values) == len(before.values),
+def _refuse_step(size: int, losses: Losses, before: Losses) -> None:
+    must(
+        len(losses.rows) == size or losses.vouched and not losses.rows,
+        f"the ticket of size {size} has {len(losses.rows)} rows: name each ticket by its number of rows",
+    )
+    must(
+        all(getattr(losses, name) == getattr(before, name) for name in _SAME)
+        and len(losses.values) == len(before.values),
         f"the losses at size {size} are not of the same sentences, in the same order, of the same kind and "
         "provenance, as those of the larger ticket: compute them together",
     )
-    _must(
+    must(
         all(losses.prints.get(name) == before.prints.get(name) for name in ("reference", "model", *_SETTINGS)),
         f"the losses at size {size} were taken against another reference model, or in another way, "
         "than those of the larger ticket: compute them together",
     )
     outside = sorted(set(losses.rows) - set(before.rows)) if losses.rows and before.rows else []
-    _must(
+    must(
         not outside,
         f"the tickets are not nested: row {min(outside, default=0)} is in the ticket of size {size} and not in the "
         "larger one; build all from one ranking",
     )
-
-
-def _ladder(losses_by_ticket: Mapping, vouched: bool) -> Iterator[tuple[int, Losses]]:
-    "(size, losses) from the largest ticket down; each is computed when it is reached."
-    before = None
-    for size in sorted(losses_by_ticket, reverse=True):
-        losses = _provenance(losses_by_ticket[size], vouched)
-        _must(
-            len(losses.rows) == size or losses.vouched and not losses.rows,
-            f"the ticket of size {size} has {len(losses.rows)} rows: name each ticket by its number of rows",
-        )
-        if before is not None:
-            _alike(size, losses, before)
-        yield int(size), losses
-        before = losses
 
 # %% ../nbs/09_certificate.ipynb #227e2601
 def certify_tickets(
@@ -731,47 +693,44 @@ def certify_tickets(
     Angelopoulos et al. 2021 (Learn then Test), fixed-sequence testing.
     """
     epsilon, delta = _inside("epsilon", epsilon), _inside("delta", delta)
-    _must(len(losses_by_ticket), "there are no tickets to certify: give losses for at least one size")
-    _must(
+    must(len(losses_by_ticket), "there are no tickets to certify: give losses for at least one size")
+    must(
         all(isinstance(s, int | np.integer) and s >= 0 for s in losses_by_ticket),
         f"ticket sizes are {list(losses_by_ticket)[:3]}: name each ticket by its number of rows",
     )
-    chosen, path = None, []
-    for size, losses in _ladder(losses_by_ticket, vouched):
+    chosen, last, path = None, None, []
+    for size in sorted(map(int, losses_by_ticket), reverse=True):  # what is lazy is computed when it is reached
+        losses = _provenance(losses_by_ticket[size], vouched)
+        _refuse_step(size, losses, last or losses)
         if method is None:  # no loss can be other than 0 or 1: by its kind, or because all bare numbers are looked at
             numbers = (_provenance(some, vouched).values for some in losses_by_ticket.values())
             bare = losses.kind == "loss" and all(np.isin(x, (0, 1)).all() for x in numbers)
             method = "clopper-pearson" if losses.kind == "exact" or bare else "betting"
         pvalue = _pvalue_of(method)(losses.values, losses.on_unit_scale(epsilon), delta)
-        risk, bound = losses.values.mean(), risk_bound(losses.values, delta, method)
-        risk, bound = losses.natural(float(risk)), losses.natural(bound)
+        risk, bound = map(losses.natural, (float(losses.values.mean()), risk_bound(losses.values, delta, method)))
         path.append({"size": size, "risk": risk, "bound": bound, "pvalue": pvalue, "certified": pvalue <= delta})
-        if pvalue <= delta or chosen is None:
-            last = losses  # what the claim is about: the smallest certified ticket, or else the largest of all
         if pvalue > delta:
             break
-        chosen = size
-    return _ticket_certificate(last, chosen, tuple(path), _facts(last, method, delta, epsilon))
+        chosen, last = size, losses
+    about = last or losses  # the smallest certified ticket, or else the largest of all
+    return _ticket_certificate(about, chosen, tuple(path), _facts(about, method, delta, epsilon))
 
 # %% ../nbs/09_certificate.ipynb #42bdf8cc
+# What a walk that ended at these losses proves.
 def _ticket_certificate(losses: Losses, chosen: int | None, path: tuple[dict, ...], facts: dict) -> Certificate:
-    "What a walk that ended at these losses proves."
     method, delta, epsilon = facts["method"], facts["delta"], facts["epsilon"]
     n, unit, unit_scale = len(losses.values), losses.unit, losses.on_unit_scale
     needed = sentences_needed(unit_scale(epsilon), delta, method, unit_scale(0.0))
     largest = f"the largest ticket of the ladder ({_rows(path[0]['size'])})"
-    claim = (
-        f"With probability at least {_sure(delta)} over the draw of {n} calibration {unit}s, "
-        f"{_claim(losses, largest if chosen is None else f'the ticket of {_rows(chosen)}')} is at most {epsilon!r}."
+    hopeless = (
+        f" There are too few {unit}s: with {n} not even a ticket that equals the reference could be certified, "
+        f"at least {needed} are needed."
     )
-    if chosen is None and n < needed:
-        claim += (
-            f" There are too few {unit}s: with {n} not even a ticket that equals the reference could be certified, "
-            f"at least {needed} are needed."
-        )
     return Certificate(
         "ticket",
-        claim,
+        f"With probability at least {_sure(delta)} over the draw of {n} calibration {unit}s, "
+        f"{_claim(losses, largest if chosen is None else f'the ticket of {_rows(chosen)}')} is at most {epsilon!r}."
+        + (hopeless if chosen is None and n < needed else ""),
         chosen is not None,
         None if chosen is None else epsilon,
         1 - delta,

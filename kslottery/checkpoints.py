@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from .core import fingerprint, progress_bar
+from .core import bar_label, fingerprint, must, progress_bar
 from .ks import Scan, critical_value, ks_scan, map_rows, scan_rows
 from .plots import plot_layers, plot_pvalues, plot_rank, plot_scan, png
 from .rows import TunedRows
@@ -26,9 +27,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")  # a folder with none of these has no tokenizer
 
 
-class _Slices:
-    """A tensor in a safetensors file: shape, dtype and slices of rows, read when asked for."""
-
+class _Slices:  # of a tensor in a safetensors file, read when asked for
     def __init__(self, piece):
         self.piece, self.shape, kind = piece, tuple(piece.get_shape()), piece.get_dtype()
         self.dtype = _DTYPES.get(kind, kind)
@@ -37,39 +36,39 @@ class _Slices:
         return self.piece[rows]
 
 
-def _download(source):
-    """The folder of a checkpoint on the Hub, without pickled weights."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", *_VOCABULARIES]))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{source} is neither a checkpoint here nor one that can be downloaded ({str(error).splitlines()[0][:120]})"
-        ) from error
-
-
 def _files(source):
-    """The safetensors files of a checkpoint."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
-        if path.suffix == ".safetensors" or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-            raise FileNotFoundError(
-                f"{source} does not exist: give a safetensors file, a checkpoint folder or a Hub id"
-            )
-        path = _download(source)
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-        if missing := [f.name for f in files if not f.exists()]:
-            raise FileNotFoundError(f"{path} lacks {missing[0]}, which its index names: is the copy complete?")
-        return files
-    if not (files := sorted(path.glob("*.safetensors"))):
-        raise FileNotFoundError(
-            f"{path} holds no safetensors file (pickled weights are not opened): convert it with save_pretrained"
+        from huggingface_hub import snapshot_download
+
+        must(
+            not (
+                path.suffix == ".safetensors" or path.is_absolute() or source.startswith(".") or source.count("/") > 1
+            ),
+            f"{source} does not exist: give a safetensors file, a checkpoint folder or a Hub id",
+            FileNotFoundError,
         )
+        try:  # without pickled weights
+            path = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", *_VOCABULARIES]))
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{source} is neither a checkpoint here nor one that can be downloaded "
+                f"({str(error).splitlines()[0][:120]})"
+            ) from error
+    index = path / "model.safetensors.index.json"
+    named = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
+    files = sorted({path / name for name in named} or path.glob("*.safetensors"))
+    lost = [file.name for file in files if not file.exists()]
+    must(
+        not lost, f"{path} lacks {', '.join(lost[:1])}, which its index names: is the copy complete?", FileNotFoundError
+    )
+    must(
+        files,
+        f"{path} holds no safetensors file (pickled weights are not opened): convert it with save_pretrained",
+        FileNotFoundError,
+    )
     return files
 
 # %% ../nbs/12_checkpoints.ipynb #39923473
@@ -99,8 +98,6 @@ class Checkpoint:
     """
 
     def __init__(self, source: str | Path):
-        from safetensors import SafetensorError, safe_open
-
         self.source, self._where = str(source), {}
         for file in (files := _files(self.source)):
             try:
@@ -111,11 +108,11 @@ class Checkpoint:
         self.folder, self.names = files[0].parent, sorted(self._where)
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._where:
-            raise ValueError(
-                f"{self.source} has no tensor {name}: it has {', '.join(self.names[:5])} "
-                f"and {max(0, len(self.names) - 5)} more"
-            )
+        must(
+            name in self._where,
+            f"{self.source} has no tensor {name}: it has {', '.join(self.names[:5])} "
+            f"and {max(0, len(self.names) - 5)} more",
+        )
         return _Slices(self._where[name].get_slice(name))
 
     def embeddings(self) -> list[str]:
@@ -126,11 +123,11 @@ class Checkpoint:
     def embedding(self) -> str:
         """The name of the input embedding; raises ValueError unless exactly one tensor looks like it."""
         found = self.embeddings()
-        if len(found) != 1:
-            raise ValueError(
-                f"{self.source} has {len(found)} tensors that look like an input embedding "
-                f"({', '.join(found) or 'none'}): name one with tensor= (--tensor)"
-            )
+        must(
+            len(found) == 1,
+            f"{self.source} has {len(found)} tensors that look like an input embedding "
+            f"({', '.join(found) or 'none'}): name one with tensor= (--tensor)",
+        )
         return found[0]
 
     @property
@@ -174,11 +171,11 @@ def open_pair(base: Any, tuned: Any) -> tuple[Checkpoint, Checkpoint]:
         As `Checkpoint`, and if the two do not hold the same tensors.
     """
     base, tuned = (c if isinstance(c, Checkpoint) else Checkpoint(c) for c in (base, tuned))
-    if odd := sorted(set(base.names) ^ set(tuned.names)):
-        raise ValueError(
-            f"the checkpoints hold different tensors ({odd[0]} is in one of them only): "
-            "compare two versions of one model"
-        )
+    must(
+        base.names == tuned.names,
+        f"the checkpoints hold different tensors ({min({*base.names} ^ {*tuned.names}, default='')} is in one of them "
+        "only): compare two versions of one model",
+    )
     return base, tuned
 
 
@@ -228,39 +225,41 @@ class CheckpointScan(Scan):
         """
         selection = Selection(self.criterion, alpha, top_k, correction)
         ids = selection.ids(self)
-        return Ticket(ids, _provenance(self, ids, selection), _moved_rows(self, ids), scan=self)
+        before, after, tokenizer = self.base[self.tensor], self.tuned[self.tensor], self.base.tokenizer()
+        embeds = self.tensor in self.base.embeddings()
+        return Ticket(
+            ids,
+            Provenance(
+                model=self.base.source,
+                tied_embeddings=self.base.tied,
+                embedding_module=self.tensor.removesuffix(".weight"),
+                dtype=before.dtype,
+                V=before.shape[0],
+                d=self.d,
+                fingerprints={
+                    "embedding": fingerprint(before),
+                    "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+                },
+                tokens=tuple(
+                    self.to_frame(tokenizer, top=len(ids))["token"]
+                    if embeds and tokenizer is not None
+                    else [None] * len(ids)
+                ),
+                selection=selection,
+                tensor=self.tensor,
+                tuned=self.tuned.source,
+                changed=int(map_rows(lambda a, b: (a != b).any(axis=1), before, after, round=self.round).sum()),
+            ),
+            _moved_rows(self, after, ids) if embeds else None,
+            scan=self,
+        )
 
 
-def _moved_rows(scan, ids):
-    """The rows of the tuned checkpoint with these ids, or None if the matrix is no embedding."""
-    if scan.tensor not in scan.base.embeddings():
-        return None
-    after = scan.tuned[scan.tensor]
-    weight = np.array([after[i : i + 1][0].float().numpy() for i in ids.tolist()], np.float32).reshape(-1, scan.d)
-    return TunedRows(ids, weight, "shared" if scan.base.tied and scan.tuned.tied else "input_only")
-
-
-def _provenance(scan, ids, selection):
-    """What two checkpoints tell about the ticket of their scan."""
-    before, after, tokenizer = scan.base[scan.tensor], scan.tuned[scan.tensor], scan.base.tokenizer()
-    changed = map_rows(lambda a, b: (a != b).any(axis=1), before, after, round=scan.round)
-    named = tokenizer is not None and scan.tensor in scan.base.embeddings()
-    return Provenance(
-        model=scan.base.source,
-        tied_embeddings=scan.base.tied,
-        embedding_module=scan.tensor.removesuffix(".weight"),
-        dtype=before.dtype,
-        V=before.shape[0],
-        d=scan.d,
-        fingerprints={
-            "embedding": fingerprint(before),
-            "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        },
-        tokens=tuple(scan.to_frame(tokenizer, top=len(ids))["token"] if named else [None] * len(ids)),
-        selection=selection,
-        tensor=scan.tensor,
-        tuned=scan.tuned.source,
-        changed=int(changed.sum()),
+def _moved_rows(scan, after, ids):
+    return TunedRows(
+        ids,
+        np.array([after[i : i + 1][0].float().numpy() for i in ids.tolist()], np.float32).reshape(-1, scan.d),
+        "shared" if scan.base.tied and scan.tuned.tied else "input_only",
     )
 
 # %% ../nbs/12_checkpoints.ipynb #ac82064c
@@ -310,9 +309,8 @@ def scan_checkpoints(
     """
     base, tuned = open_pair(base, tuned)
     name = tensor or base.embedding()
-    how: dict[str, Any] = {"round": round, "device": device}
-    scan = scan_rows(base[name], tuned[name], criterion, counts=counts, progress=progress, **how)
-    return CheckpointScan(**vars(scan), base=base, tuned=tuned, tensor=name, **how)
+    scan = scan_rows(base[name], tuned[name], criterion, counts=counts, round=round, device=device, progress=progress)
+    return CheckpointScan(**vars(scan), base=base, tuned=tuned, tensor=name, round=round, device=device)
 
 # %% ../nbs/12_checkpoints.ipynb #6973d2d7
 class TensorScan(NamedTuple):
@@ -335,16 +333,11 @@ class TensorScan(NamedTuple):
     scan: Scan
 
 
-def _as_rows(a, b, per):
-    """Two tensors as matrices to scan by row; a matrix stays where it is unless columns or the whole are asked for."""
-    shape = a.shape
-    if len(shape) == 1 or per == "tensor":
-        a, b = (x[:].reshape(1, -1) for x in (a, b))
-    elif len(shape) > 2:  # a convolution, a stack of experts: the last axis is the row
-        a, b = (x[:].reshape(-1, x.shape[-1]) for x in (a, b))
-    if per == "column" and len(shape) > 1:
-        a, b = (x[:].T for x in (a, b))
-    return a, b
+def _as_rows(x, per):  # a matrix stays where it is unless columns or the whole are asked for
+    if len(x.shape) == 1 or per == "tensor":
+        return x[:].reshape(1, -1)
+    matrix = x[:].reshape(-1, x.shape[-1]) if len(x.shape) > 2 else x  # of a convolution, a stack of experts
+    return matrix[:].T if per == "column" else matrix
 
 
 def scan_all(
@@ -390,32 +383,23 @@ def scan_all(
     ValueError
         As `open_pair` and `kslottery.ks.ks_scan`, for an unknown `per`, and for an alpha outside (0, 1).
     """
-    if per not in ("row", "column", "tensor"):
-        raise ValueError(f"per is {per!r}: choose 'row', 'column' or 'tensor'")
+    must(per in ("row", "column", "tensor"), f"per is {per!r}: choose 'row', 'column' or 'tensor'")
     critical_value(alpha, 1)  # a bad alpha is refused before anything is read
     base, tuned = open_pair(base, tuned)
     names = [name for name in base.names if base[name].dtype in _DTYPES.values() and 0 not in base[name].shape]
-    label, result = progress if isinstance(progress, str) else "KS scan, tensors", []
-    with progress_bar(len(names), label, bool(progress)) as bar:
+    made = {**known} if known and per == "row" else {}
+    with progress_bar(len(names), *bar_label(progress, "KS scan, tensors")) as bar:
         for name in names:
-            scan = known.get(name) if known and per == "row" else None
-            if scan is None:
-                scan = ks_scan(*_as_rows(base[name], tuned[name], per), round=round, device=device)
-            counts = len(scan.statistic), int((scan.statistic > 0).sum()), len(scan.select(alpha))
-            result.append(TensorScan(name, *counts, scan))
+            if name not in made:
+                made[name] = ks_scan(_as_rows(base[name], per), _as_rows(tuned[name], per), round=round, device=device)
             bar.update(1)
-    return result
+    return [
+        TensorScan(name, len(scan.statistic), int((scan.statistic > 0).sum()), len(scan.select(alpha)), scan)
+        for name, scan in sorted(made.items())
+        if name in names
+    ]
 
 # %% ../nbs/12_checkpoints.ipynb #5b87e70d
-def _layer_files(scan, alpha, progress):
-    """What every tensor of the two checkpoints of a scan did: a heat map and its numbers."""
-    known = {scan.tensor: scan} if scan.criterion == "ks" else None
-    options: dict[str, Any] = {"known": known, "round": scan.round, "device": scan.device, "progress": progress}
-    scans = scan_all(scan.base, scan.tuned, alpha, **options)
-    records = [{name: getattr(s, name) for name in ("name", "rows", "changed", "moved")} for s in scans]
-    return {"layers.png": png(plot_layers, scans), "layers.json": json.dumps(records, indent=1).encode()}
-
-
 def scan_figures(
     scan: CheckpointScan,
     ticket: Ticket,
@@ -446,13 +430,26 @@ def scan_figures(
     """
     chosen = ticket.provenance.selection or Selection()
     alpha = chosen.alpha or 0.05
-    files = {"rank.png": png(plot_rank, scan, len(ticket.ids))}
-    if scan.pvalue is not None:
-        files["pvalues.png"] = png(plot_pvalues, scan)
+    files = {
+        "rank.png": png(plot_rank, scan, len(ticket.ids)),
+        **({} if scan.pvalue is None else {"pvalues.png": png(plot_pvalues, scan)}),
+    }
     if counts is not None and scan.criterion == "ks":
         tokenizer = scan.base.tokenizer()
-        best = scan.to_frame(tokenizer, top=12)
-        tokens = {} if tokenizer is None else dict(zip(best["id"], best["token"]))
-        options = (alpha, chosen.top_k, None, 12, chosen.correction)
-        files["frequency.png"] = png(plot_scan, scan, counts, tokens, *options)
-    return files | (_layer_files(scan, alpha, progress) if everything else {})
+        tokens = {} if tokenizer is None else dict(scan.to_frame(tokenizer, top=12).set_index("id")["token"])
+        files["frequency.png"] = png(plot_scan, scan, counts, tokens, alpha, chosen.top_k, None, 12, chosen.correction)
+    if everything:
+        scans = scan_all(
+            scan.base,
+            scan.tuned,
+            alpha,
+            known={scan.tensor: scan} if scan.criterion == "ks" else None,
+            round=scan.round,
+            device=scan.device,
+            progress=progress,
+        )
+        files |= {
+            "layers.png": png(plot_layers, scans),
+            "layers.json": json.dumps([dict(zip(TensorScan._fields[:4], s)) for s in scans], indent=1).encode(),
+        }
+    return files

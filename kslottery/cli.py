@@ -18,7 +18,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import kslottery
-from .core import load_model, quiet_transformers, refuse_strangers, run_folder, whole_folder
+from .core import load_model, must, quiet_transformers, refuse_strangers, run_folder, whole_folder
+from kslottery.run import (
+    NotebookFailed,
+    execute,
+    find_notebook,
+    follow_bars,
+    notebook_defaults,
+    parse_parameters,
+    write_report,
+)
 
 # %% ../nbs/19_cli.ipynb #e761bf12
 app = typer.Typer(
@@ -52,14 +61,15 @@ def _fail(message: object, status: int) -> NoReturn:
 
 @contextmanager
 def _whole(kept: str = "nothing was written") -> Iterator[None]:
-    "Show progress, and say in one sentence what goes wrong in the block and, after an interruption, what it left."
+    # Around a command or a block of it: shows progress, and says in one sentence what goes wrong and, after an
+    # interruption, what is left.
     from safetensors import SafetensorError
-
-    from kslottery.run import follow_bars
 
     try:
         with nullcontext() if sys.stderr.isatty() else follow_bars(sys.stderr):  # a terminal shows the bars itself
             yield
+    except BrokenPipeError:  # who read the answer has gone (`| head`): no fault of the command
+        raise
     except (ValueError, TypeError, OSError, ModuleNotFoundError, SafetensorError) as error:
         _fail(str(error).strip().split("\n")[0], 2)
     except KeyboardInterrupt:
@@ -67,7 +77,6 @@ def _whole(kept: str = "nothing was written") -> Iterator[None]:
 
 
 def _say(record: Any, as_json: bool, *lines: object) -> None:
-    "Print what was found: the record as JSON, or the lines."
     typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(map(str, lines)))
 
 # %% ../nbs/19_cli.ipynb #7a4b08b8
@@ -96,49 +105,49 @@ _Seed = Annotated[int, typer.Option(help="The seed of everything that is drawn."
 _Json = Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else.")]
 
 # %% ../nbs/19_cli.ipynb #93b7c1f2
+def _given(**options):
+    return {name: value for name, value in options.items() if value}
+
+
 def _prompt(found, template, languages):
-    "The prompt that the options ask for, or else the ticket's."
-    from kslottery import Prompt
-
     recorded = found.provenance.prompt
-    if not (recorded or template):
-        raise ValueError(
-            "the ticket records no prompt and no languages (a bare scan has none): "
-            "name them with --languages, and the prompt with --template"
-        )
-    if not (template or languages):
-        return recorded
-    return Prompt(template or recorded.template, languages or (recorded and recorded.languages))
+    must(
+        recorded or template,
+        "the ticket records no prompt and no languages (a bare scan has none): "
+        "name them with --languages, and the prompt with --template",
+    )
+    return (
+        kslottery.Prompt(template or recorded.template, languages or (recorded and recorded.languages))
+        if template or languages
+        else recorded
+    )
 
 
-def _generation(found, **chosen):
-    "How the ticket was evaluated, with what the options choose otherwise."
-    from kslottery import Generation
-
-    chosen = {name: value for name, value in chosen.items() if value}
-    return dataclasses.replace(found.provenance.generation or Generation(), **chosen)
+def _generation(found, **options):
+    return dataclasses.replace(found.provenance.generation or kslottery.Generation(), **_given(**options))
 
 
-def _recorded(found, name, limit=None):
-    "The pairs that the ticket records as its `train` or `test` data."
-    from kslottery import load_pairs
-
-    if (origin := getattr(found.provenance, name)) is None:
-        kind, more = ("test", "") if name == "test" else ("tuning", " (or --train none)")
-        raise ValueError(f"the ticket does not record its {kind} data: name it with --{name}{more}")
-    return load_pairs(**origin | ({"limit": limit} if limit else {}))
+def _pairs(found, kind, path, languages, limit=0):
+    # those of a path, or else what the ticket records as its `train` or `test` data
+    if path:
+        return kslottery.load_pairs(path, languages, limit or None)
+    origin = getattr(found.provenance, kind)
+    lack = {"train": "tuning data: name it with --train (or --train none)", "test": "test data: name it with --test"}
+    must(origin is not None, f"the ticket does not record its {lack[kind]}")
+    return kslottery.load_pairs(**origin | _given(limit=limit))
 
 
 def _sourced(found, model, revision):
-    "The ticket, with the source of its base model that the options name."
     if not (model or revision):
         return found
-    recorded = found.provenance
-    source = {"model": model or recorded.model, "revision": revision or (None if model else recorded.revision)}
-    return dataclasses.replace(found, provenance=dataclasses.replace(recorded, **source))
+    source = {"model": model, "revision": None} if model else {}
+    return dataclasses.replace(
+        found, provenance=dataclasses.replace(found.provenance, **source | _given(revision=revision))
+    )
 
 # %% ../nbs/19_cli.ipynb #cb919c5c
 @app.command()
+@_whole()
 def run(
     notebook: Annotated[str, typer.Argument(help="A tutorial's name or the path of a notebook.")] = "quickstart",
     parameter: Annotated[
@@ -165,32 +174,34 @@ def run(
 
     Example: kslottery run quickstart -p seed=7 -p out=runs/seven
     """
-    from kslottery.run import NotebookFailed, execute, find_notebook, notebook_defaults, parse_parameters, write_report
-
-    with _whole():
-        path = find_notebook(notebook)
-        defaults = notebook_defaults(path)
-        file = find_notebook(parameters_file, ".yaml") if parameters_file else None
-        chosen = parse_parameters(parameter or [], defaults, file)
-        place = Path(chosen.get("out", defaults.get("out", f"runs/{path.stem}")))
-        run_folder(place, {f"{path.stem}.ipynb", "report.html", "results.json", "outputs", "ticket", "model"})
-    executed, report, results = place / f"{path.stem}.ipynb", place / "report.html", place / "results.json"
+    path = find_notebook(notebook)
+    defaults = notebook_defaults(path)
+    chosen = parse_parameters(
+        parameter or [], defaults, find_notebook(parameters_file, ".yaml") if parameters_file else None
+    )
+    place = Path(chosen.get("out", defaults.get("out", f"runs/{path.stem}")))
+    executed, report, results = (place / name for name in (f"{path.stem}.ipynb", "report.html", "results.json"))
+    run_folder(place, {executed.name, report.name, results.name, "outputs", "ticket", "model"})
     with _whole(f"the notebook so far: {executed}"):
         try:
             execute(path, executed, chosen)
         except NotebookFailed as error:
-            advice = "look at it in Jupyter, mend the cause, and give the same command again"
-            _fail(f"{error}; the notebook so far is {executed}: {advice}", 1)
+            _fail(
+                f"{error}; the notebook so far is {executed}: "
+                "look at it in Jupyter, mend the cause, and give the same command again",
+                1,
+            )
         write_report(executed, report)
     found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     summary = found.get("summary", [])
-    record = {"folder": place, "notebook": executed, "report": report, "results": results if found else None}
-    paths = {name: value and str(value) for name, value in record.items()}
+    paths = {"folder": place, "notebook": executed, "report": report, "results": results if found else None}
+    record = {name: value and str(value) for name, value in paths.items()} | {"summary": summary}
     said = ["", "What was found:", *(f"  * {sentence}" for sentence in summary)] if summary else []
-    _say(paths | {"summary": summary}, as_json, *said, "", f"The report: {report}", f"Everything: {place}")
+    _say(record, as_json, *said, "", f"The report: {report}", f"Everything: {place}")
 
 # %% ../nbs/19_cli.ipynb #b0332044
 @app.command()
+@_whole()
 def scan(
     base: Annotated[
         str, typer.Argument(help="The checkpoint before tuning: a folder, a .safetensors file or a Hub id.")
@@ -224,30 +235,36 @@ def scan(
     from kslottery.checkpoints import scan_checkpoints, scan_figures
     from kslottery.ticket import Selection, is_ticket
 
-    with _whole():
-        refuse_strangers(out, is_ticket)
-        Selection(criterion, alpha, top_k, correction)  # a bad value is refused before the work
-        numbers = json.loads(counts.read_text(encoding="utf-8")) if counts else None
-        found = scan_checkpoints(
-            base,
-            tuned,
-            tensor=tensor,
-            criterion=criterion,
-            counts=numbers,
-            round=round_,
-            device=device,
-            progress=True,
-        )
-        ticket = found.ticket(alpha, top_k=top_k, correction=correction)
-        ticket.save(out, scan_figures(found, ticket, counts=numbers, everything=everything))
-    picked = {
+    refuse_strangers(out, is_ticket)
+    Selection(criterion, alpha, top_k, correction)  # a bad value is refused before the work
+    numbers = json.loads(counts.read_text(encoding="utf-8")) if counts else None
+    found = scan_checkpoints(
+        base,
+        tuned,
+        tensor=tensor,
+        criterion=criterion,
+        counts=numbers,
+        round=round_,
+        device=device,
+        progress=True,
+    )
+    ticket = found.ticket(alpha, top_k=top_k, correction=correction)
+    ticket.save(out, scan_figures(found, ticket, counts=numbers, everything=everything))
+    record = {
+        "size": len(ticket.ids),
+        "ids": ticket.ids.tolist(),
+        "tokens": ticket.provenance.tokens,
         "statistic": found.statistic[ticket.ids].tolist(),
         "pvalue": None if found.pvalue is None else found.pvalue[ticket.ids].tolist(),
+        "out": str(out),
     }
-    record = {"size": len(ticket.ids), "ids": ticket.ids.tolist(), "tokens": ticket.provenance.tokens, **picked}
-    changed = f"{found.tensor}: {ticket.provenance.changed:,} of {ticket.provenance.V:,} rows changed at all."
-    kept = f"The ticket, the scan and its figures: {out}"
-    _say(record | {"out": str(out)}, as_json, changed, "", ticket, "", kept)
+    _say(
+        record,
+        as_json,
+        f"{found.tensor}: {ticket.provenance.changed:,} of {ticket.provenance.V:,} rows changed at all.",
+        f"\n{ticket}\n",
+        f"The ticket, the scan and its figures: {out}",
+    )
 
 # %% ../nbs/19_cli.ipynb #dd601e95
 _Calibration = Annotated[
@@ -274,6 +291,7 @@ _Groups = Annotated[
 
 # %% ../nbs/19_cli.ipynb #b04e5c27
 @app.command()
+@_whole()
 def certify(
     ticket: _Ticket,
     calibration: _Calibration,
@@ -309,30 +327,33 @@ def certify(
 
     Example: kslottery certify runs/quickstart/ticket --calibration calibration.tsv --epsilon 0.02
     """
-    from kslottery import CertifySettings, Ticket, certify_ticket, load_pairs
-
-    with _whole():
-        found = Ticket.load(ticket)
-        prompt = _prompt(found, template, languages)
-        fresh = load_pairs(calibration, prompt.languages, limit or None)
-        tuned_on = load_pairs(train, prompt.languages) if train else None
-        if ladder == "tuning" and not tuned_on:
-            tuned_on = _recorded(found, "train")
-        settings = CertifySettings(
-            loss=loss,
-            ladder=ladder,
-            train=tuned_on,
-            prompt=prompt,
-            generation=_generation(found, max_new_tokens=max_new_tokens, batch_size=batch_size),
-            groups=groups.read_text(encoding="utf-8").splitlines()[: len(fresh)] if groups else None,
-            vouched=vouched,
-        )
-        against = load_model(reference)[0] if reference else None
-        sourced = _sourced(found, model, revision)
-        done = certify_ticket(sourced, fresh, epsilon=epsilon, delta=delta, reference=against, settings=settings)
-        found.add_certificates(done)
-    record, kept = [json.loads(c.to_json()) for c in done], ticket / "certificates.json"
-    _say(record, as_json, *(f"{c}\n" for c in done), f"Kept in {kept}")
+    found = kslottery.Ticket.load(ticket)
+    prompt = _prompt(found, template, languages)
+    fresh = kslottery.load_pairs(calibration, prompt.languages, limit or None)
+    settings = kslottery.CertifySettings(
+        loss=loss,
+        ladder=ladder,
+        train=_pairs(found, "train", train, prompt.languages) if train or ladder == "tuning" else None,
+        prompt=prompt,
+        generation=_generation(found, max_new_tokens=max_new_tokens, batch_size=batch_size),
+        groups=groups.read_text(encoding="utf-8").splitlines()[: len(fresh)] if groups else None,
+        vouched=vouched,
+    )
+    done = kslottery.certify_ticket(
+        _sourced(found, model, revision),
+        fresh,
+        epsilon=epsilon,
+        delta=delta,
+        reference=load_model(reference)[0] if reference else None,
+        settings=settings,
+    )
+    found.add_certificates(done)
+    _say(
+        [json.loads(c.to_json()) for c in done],
+        as_json,
+        *(f"{c}\n" for c in done),
+        f"Kept in {ticket / 'certificates.json'}",
+    )
 
 # %% ../nbs/19_cli.ipynb #46727b18
 @app.command()
@@ -373,30 +394,36 @@ def audit(
 
     Example: kslottery audit runs/quickstart/ticket --train train.tsv --test test.tsv
     """
-    from kslottery import AuditSettings, Bootstrap, Ticket, audit_ticket, load_pairs
-
     out = out or ticket / "audit"
     with _whole(f"finished arms are kept in {out}: run the same command to go on"):
-        found = Ticket.load(ticket)
+        found = kslottery.Ticket.load(ticket)
         prompt = _prompt(found, template, languages)
-        settings = AuditSettings(
+        settings = kslottery.AuditSettings(
             fast=fast,
             prompt=prompt,
             generation=_generation(found, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size),
-            bootstrap=Bootstrap(samples=samples, seed=seed),
+            bootstrap=kslottery.Bootstrap(samples=samples, seed=seed),
         )
-        asked = load_pairs(test, prompt.languages, limit or None) if test else _recorded(found, "test", limit)
-        tuned_on = load_pairs(train, prompt.languages) if train not in ("", "none") else None
-        if not train:
-            tuned_on = _recorded(found, "train")
-        done = audit_ticket(_sourced(found, model, revision), asked, train=tuned_on, out=out, settings=settings)
+        done = kslottery.audit_ticket(
+            _sourced(found, model, revision),
+            _pairs(found, "test", test, prompt.languages, limit),
+            train=None if train == "none" else _pairs(found, "train", train, prompt.languages),
+            out=out,
+            settings=settings,
+        )
         found.add_audit(done.as_dict(), (out / "audit.png").read_bytes())
-    checks = [f"{check.result:>11}  {check.question} {check.sentence}" for check in done.checks]
-    kept = [f"The report, the figure and every text: {out}", f"The card: {ticket / 'README.md'}"]
-    _say(done.as_dict(), as_json, *checks, "", *kept, "", done.sentence)
+    _say(
+        done.as_dict(),
+        as_json,
+        *(f"{check.result:>11}  {check.question} {check.sentence}" for check in done.checks),
+        f"\nThe report, the figure and every text: {out}",
+        f"The card: {ticket / 'README.md'}\n",
+        done.sentence,
+    )
 
 # %% ../nbs/19_cli.ipynb #74520e4c
 @app.command()
+@_whole()
 def merge(
     ticket: _Ticket,
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write: new, or empty.")],
@@ -408,31 +435,31 @@ def merge(
 
     Example: kslottery merge ticket --out merged
     """
-    from kslottery import Ticket
+    found = _sourced(kslottery.Ticket.load(ticket), model, revision)
+    rows, source = found.rows, found.provenance
+    must(
+        rows,
+        f"{ticket} has no tuned rows, and merged it would be the base model: "
+        "tune rows first, or scan an input embedding",
+    )
+    with whole_folder(out, is_own=lambda path: False) as work, quiet_transformers():
+        from transformers import AutoTokenizer
 
-    with _whole():
-        found = _sourced(Ticket.load(ticket), model, revision)
-        rows, source = found.rows, found.provenance
-        if not rows:
-            raise ValueError(
-                f"{ticket} has no tuned rows, and merged it would be the base model: "
-                "tune rows first, or scan an input embedding"
-            )
-        with whole_folder(out, is_own=lambda path: False) as work, quiet_transformers():
-            from transformers import AutoTokenizer
-
-            base, tokenizer = load_model(source.model, source.revision, dtype=source.dtype, device="cpu")
-            found.check(base, tokenizer)
-            rows.write(base).save_pretrained(work)
-            # as it was: load_model may have named a padding token
-            revision = source.revision
-            own = AutoTokenizer.from_pretrained(source.model, revision=revision, trust_remote_code=False)
-            own.save_pretrained(work)
-    record = {"out": str(out), "model": source.model, "revision": source.revision, "rows": len(rows), "mode": rows.mode}
-    _say(record, as_json, f"{source.model} with {len(rows)} rows of {ticket} written in ({rows.mode}): {out}")
+        base, tokenizer = load_model(source.model, source.revision, dtype=source.dtype, device="cpu")
+        found.check(base, tokenizer)
+        rows.write(base).save_pretrained(work)
+        # as it was: load_model may have named a padding token
+        own = AutoTokenizer.from_pretrained(source.model, revision=source.revision, trust_remote_code=False)
+        own.save_pretrained(work)
+    _say(
+        {"out": str(out), "model": source.model, "revision": source.revision, "rows": len(rows), "mode": rows.mode},
+        as_json,
+        f"{source.model} with {len(rows)} rows of {ticket} written in ({rows.mode}): {out}",
+    )
 
 
 @app.command("peft")
+@_whole()
 def convert(
     source: Annotated[Path, typer.Argument(help="A ticket folder, or the folder of a PEFT TrainableTokens adapter.")],
     out: Annotated[Path, typer.Option(help="The folder to write: a PEFT adapter, or a ticket.")],
@@ -446,24 +473,23 @@ def convert(
     """
     from kslottery.ticket import Ticket, is_ticket
 
-    with _whole():
+    if is_ticket(source):
+        Ticket.load(source).to_peft(out)
+        _say({"out": str(out), "holds": "adapter"}, as_json, f"The PEFT adapter: {out}")
+    else:
         adapter = source / "adapter_config.json"
-        if is_ticket(source):
-            Ticket.load(source).to_peft(out)
-            holds, said = "adapter", f"The PEFT adapter: {out}"
-        else:
-            stated = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
-            if not (named := model or stated.get("base_model_name_or_path")):
-                raise ValueError(
-                    f"{source} is neither a ticket folder nor a PEFT adapter that names its base model: "
-                    "give another folder, or --model"
-                )
-            Ticket.from_peft(source, *load_model(named, revision or None, device="cpu")).save(out)
-            holds, said = "ticket", f"The ticket: {out}"
-    _say({"out": str(out), "holds": holds}, as_json, said)
+        stated = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+        if not (named := model or stated.get("base_model_name_or_path")):
+            raise ValueError(
+                f"{source} is neither a ticket folder nor a PEFT adapter that names its base model: "
+                "give another folder, or --model"
+            )
+        Ticket.from_peft(source, *load_model(named, revision or None, device="cpu")).save(out)
+        _say({"out": str(out), "holds": "ticket"}, as_json, f"The ticket: {out}")
 
 # %% ../nbs/19_cli.ipynb #632a0376
 @app.command()
+@_whole()
 def card(
     ticket: _Ticket,
     refresh: Annotated[
@@ -483,22 +509,24 @@ def card(
 
     Example: kslottery card ticket --base-model meta-llama/Llama-3.2-1B --license llama3.2
     """
-    from kslottery import Ticket
-
     path = ticket / "README.md"
-    with _whole():
-        found = Ticket.load(ticket)
-        facts = {name: value for name, value in (("base_model", base_model), ("license", license)) if value}
-        if changed := bool(refresh or facts or not path.exists()):
-            found.refresh(**facts)
-        text = path.read_text(encoding="utf-8")
-    known = {name: getattr(found.provenance, name) for name in ("model", "base_model", "license")}
-    verdict, proven = (found.audit or {}).get("verdict"), len(found.certificates)
-    record = {"card": str(path), "size": len(found.ids), **known, "verdict": verdict, "certificates": proven}
-    _say(record | {"text": text}, as_json, f"The card, written again: {path}" if changed else text.rstrip())
+    found = kslottery.Ticket.load(ticket)
+    facts = _given(base_model=base_model, license=license)
+    if changed := bool(refresh or facts or not path.exists()):
+        found.refresh(**facts)
+    record = {
+        "card": str(path),
+        "size": len(found.ids),
+        **{name: getattr(found.provenance, name) for name in ("model", "base_model", "license")},
+        "verdict": (found.audit or {}).get("verdict"),
+        "certificates": len(found.certificates),
+        "text": path.read_text(encoding="utf-8"),
+    }
+    _say(record, as_json, f"The card, written again: {path}" if changed else record["text"].rstrip())
 
 # %% ../nbs/19_cli.ipynb #aa247d10
 @app.command()
+@_whole()
 def babel(
     seed: _Seed = 0,
     size: Annotated[str, typer.Option(help="default, or small: a quarter of the time to build.")] = "default",
@@ -511,26 +539,28 @@ def babel(
 
     Example: kslottery babel --seed 7 --size small --out world
     """
-    from kslottery import build_world, load_pairs
-
-    with _whole():
-        world = build_world(seed, size)
-        if out:
-            with whole_folder(out, is_own=lambda path: (path / "babel.json").exists()) as work:
-                shutil.copytree(world.folder, work, dirs_exist_ok=True)
-            world = dataclasses.replace(world, folder=out)
-        pairs = {name: load_pairs(world.split(name)) for name in ("train", "dev", "test", "calibration")}
-    parameters, sample = world.facts["parameters"], pairs["train"][0]
-    splits = {name: {"path": str(world.split(name)), "pairs": len(found)} for name, found in pairs.items()}
-    record = {"model": str(world.folder), "seed": seed, "size": size, "parameters": parameters, "splits": splits}
+    world = kslottery.build_world(seed, size)
+    if out:
+        with whole_folder(out, is_own=lambda path: (path / "babel.json").exists()) as work:
+            shutil.copytree(world.folder, work, dirs_exist_ok=True)
+        world = dataclasses.replace(world, folder=out)
+    pairs = {name: kslottery.load_pairs(world.split(name)) for name in ("train", "dev", "test", "calibration")}
+    record = {
+        "model": str(world.folder),
+        "seed": seed,
+        "size": size,
+        "parameters": world.facts["parameters"],
+        "splits": {name: {"path": str(world.split(name)), "pairs": len(found)} for name, found in pairs.items()},
+        "sample": {"source": pairs["train"][0].source, "target": pairs["train"][0].target},
+    }
     _say(
-        record | {"sample": {"source": sample.source, "target": sample.target}},
+        record,
         as_json,
-        f"The model, {parameters:,} parameters: {world.folder}",
-        *(f"{split['pairs']:6} pairs to {name + ':':12} {split['path']}" for name, split in splits.items()),
+        f"The model, {world.facts['parameters']:,} parameters: {world.folder}",
+        *(f"{len(found):6} pairs to {name + ':':12} {world.split(name)}" for name, found in pairs.items()),
         "",
-        f"In Aldan: {sample.source}",
-        f"In Borel: {sample.target}",
+        f"In Aldan: {pairs['train'][0].source}",
+        f"In Borel: {pairs['train'][0].target}",
         "",
         f"To run the experiment on it: kslottery run quickstart -p seed={seed}",
     )

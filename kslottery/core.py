@@ -138,8 +138,10 @@ def fingerprint(value: Any) -> str:
 # %% ../nbs/00_core.ipynb #b0b3083b
 def cache_dir() -> Path:
     """Where built models are kept: `$KSLOTTERY_CACHE`, else `$XDG_CACHE_HOME/kslottery`, else `~/.cache/kslottery`."""
-    own, shared = os.environ.get("KSLOTTERY_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own or Path(shared or Path.home() / ".cache") / "kslottery")
+    return Path(
+        os.environ.get("KSLOTTERY_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kslottery")
+    )
 
 
 def refuse_strangers(path: str | Path, is_own: Callable[[Path], bool]) -> None:
@@ -158,8 +160,11 @@ def refuse_strangers(path: str | Path, is_own: Callable[[Path], bool]) -> None:
         If `path` exists, is not empty and is not recognised by `is_own`.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_own(path))):
-        raise FileExistsError(f"{path} exists and holds something else: name another folder, or move it away")
+    must(
+        not path.exists() or (path.is_dir() and (not any(path.iterdir()) or is_own(path))),
+        f"{path} exists and holds something else: name another folder, or move it away",
+        FileExistsError,
+    )
 
 
 def run_folder(path: str | Path, names: Collection[str]) -> Path:
@@ -183,18 +188,18 @@ def run_folder(path: str | Path, names: Collection[str]) -> Path:
         If `path` is a file or holds anything else (which is named).
     """
     path = Path(path)
-    found = sorted(p.name for p in path.iterdir()) if path.is_dir() else ["it is a file"] if path.is_file() else []
-    if strangers := [name for name in found if name not in names and not name.startswith(".")]:
-        raise FileExistsError(
-            f"{path} exists and holds something else ({strangers[0]}): name another folder for this run"
-        )
+    found = ["it is a file"] if path.is_file() else sorted({p.name for p in path.glob("[!.]*")}.difference(names))
+    must(
+        not found,
+        f"{path} exists and holds something else ({''.join(found[:1])}): name another folder for this run",
+        FileExistsError,
+    )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 # %% ../nbs/00_core.ipynb #93936d4c
 def _permit_as_umask_asks(path):
-    umask = os.umask(0o022)
-    os.umask(umask)
+    os.umask(umask := os.umask(0o022))  # to read it is to set it
     if not path.is_symlink():
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
@@ -253,8 +258,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         A temporary path beside `path`. When the block ends well, the file is on the disk and then renamed to `path`;
         when it does not, the file is removed.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = Path(path).with_name(f".{Path(path).name}.part")
     try:
         yield part
         with open(part, "rb") as written:
@@ -303,8 +307,9 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     with contextlib.ExitStack() as afterwards:
-        if logging.is_progress_bar_enabled():
-            afterwards.callback(logging.enable_progress_bar)
+        afterwards.callback(
+            logging.enable_progress_bar if logging.is_progress_bar_enabled() else logging.disable_progress_bar
+        )
         logging.disable_progress_bar()
         yield
 
@@ -397,13 +402,13 @@ def load_model(
     folder = Path(name).expanduser()
     path = str(folder) if (local := folder.is_dir()) else str(name)
     for patterns, lack in _NEEDED:
-        if local and not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise FileNotFoundError(f"{name} {lack}")
+        must(not local or any(any(folder.glob(pattern)) for pattern in patterns), f"{name} {lack}", FileNotFoundError)
     try:
         with quiet_transformers():
-            options = {"revision": revision, "use_safetensors": True, "dtype": dtype}
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     except ValueError as error:  # an encoder-decoder, say
         raise ValueError(
             f"model {name} cannot be loaded as a causal language model: choose a decoder-only one "

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from .core import fingerprint
+from .core import fingerprint, must
 
 # %% ../nbs/01_data.ipynb #990a4c69
 class Pair(NamedTuple):
@@ -76,8 +76,7 @@ _COLUMN = re.compile(
 
 def _codes(languages):
     codes = languages.split("-") if isinstance(languages, str) else ()
-    if len(codes) != 2 or not all(codes):
-        raise ValueError(f"languages is {languages!r}: write source-target, for example en-ca")
+    must(len(codes) == 2 and all(codes), f"languages is {languages!r}: write source-target, for example en-ca")
     return tuple(codes)
 
 
@@ -87,19 +86,19 @@ def _columns_to_read(fields, codes, where):
     for pair in (codes, _SIDES, _PROMPTED, beside):
         if len(pair) == 2 and {*pair} <= {*texts}:
             return pair
-    wanted = dict.fromkeys(" and ".join(pair) for pair in (codes, _SIDES, _PROMPTED) if pair)
-    chat = [name for name in _PROMPTED if isinstance(fields.get(name), list | dict)]
+
+    chat = any(isinstance(fields.get(name), list | dict) for name in _PROMPTED)
     raise ValueError(
-        f"{where} has the fields {', '.join(map(str, fields))}: expected texts under {', or '.join(wanted)}"
+        f"{where} has the fields {', '.join(map(str, fields))}: expected texts under "
+        f"{', or '.join(dict.fromkeys(' and '.join(pair) for pair in (codes, _SIDES, _PROMPTED) if pair))}"
         f"{'' if codes else ', or two beside id (choose with languages)'}"
         f"{', and no list: write chat messages out with the chat template of the tokenizer' if chat else ''}"
     )
 
 # %% ../nbs/01_data.ipynb #fbd10dba
 def _lines(path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as f:  # a spreadsheet may begin its files with a mark
+    try:  # a spreadsheet may begin its files with a mark
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as f:
             return f.read().removesuffix("\n").split("\n") if path.stat().st_size else []
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{path} does not exist: check the path") from None
@@ -123,17 +122,17 @@ def _tsv_records(path, codes):
     rows = [line.removesuffix("\r").split("\t") for line in _lines(path)]
     head = rows[0] if rows else []
     named = {cell in codes or bool(_COLUMN.fullmatch(cell)) for cell in head}
-    if len(head) == 2 and len(named) == 2:  # a column's name beside a word
-        raise ValueError(
-            f"{path} has the columns {', '.join(head)}: expected a header with {' and '.join(codes or _SIDES)}, "
-            "or two columns and no header"
-        )
+    must(
+        len(head) != 2 or len(named) == 1,  # no column's name beside a word
+        f"{path} has the columns {', '.join(head)}: expected a header with {' and '.join(codes or _SIDES)}, "
+        "or two columns and no header",
+    )
     first, head = (1, _SIDES) if len(head) == 2 and named == {False} else (2, head)
     for number, row in enumerate(rows[first - 1 :], first):
-        if len(row) != len(head):
-            raise ValueError(
-                f"line {number} of {path} has {len(row)} columns and the first line {len(head)}: mend or remove it"
-            )
+        must(
+            len(row) == len(head),
+            f"line {number} of {path} has {len(row)} columns and the first line {len(head)}: mend or remove it",
+        )
         yield number, dict(zip(head, row))
 
 
@@ -150,19 +149,19 @@ def _hub_records(spec):
 
 # %% ../nbs/01_data.ipynb #1aaf5977
 def _records(files, codes):
-    path, kind = files[0], re.search(r"\.(jsonl|tsv)(\.gz)?$", files[0].name)
     if len(files) == 2:
-        sides = [_lines(file) for file in files]
-        if len(sides[0]) != len(sides[1]):
-            raise ValueError(
-                f"{path} has {len(sides[0])} lines and {files[1]} {len(sides[1])}: aligned files need the same number"
-            )
-        return enumerate((dict(zip(_SIDES, lines)) for lines in zip(*sides)), 1)
-    if len(files) > 2 or (path.is_file() and not kind):
-        raise ValueError(
-            f"{', '.join(map(str, files))} is neither .jsonl nor .tsv: "
-            "name one such file, or two aligned text files (source,target)"
+        sources, targets = map(_lines, files)
+        must(
+            len(sources) == len(targets),
+            f"{files[0]} has {len(sources)} lines and {files[1]} {len(targets)}: aligned files need the same number",
         )
+        return enumerate((dict(zip(_SIDES, lines)) for lines in zip(sources, targets)), 1)
+    path, kind = files[0], re.search(r"\.(jsonl|tsv)(\.gz)?$", files[0].name)
+    must(
+        len(files) == 1 and (kind or not path.is_file()),
+        f"{', '.join(map(str, files))} is neither .jsonl nor .tsv: "
+        "name one such file, or two aligned text files (source,target)",
+    )
     if kind:
         return _json_records(path) if kind[1] == "jsonl" else _tsv_records(path, codes)
     return enumerate(_hub_records(str(path)), 1)
@@ -200,8 +199,7 @@ def load_pairs(
         If a file is empty, misaligned or has no such columns, a pair has an empty side, or `limit` is below 1.
     """
     columns = _codes(languages) if languages is not None else ()
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}: keep at least 1 pair, or give none to keep all")
+    must(limit is None or limit >= 1, f"limit is {limit}: keep at least 1 pair, or give none to keep all")
     names = str(data).split(",") if isinstance(data, str | Path) else [str(name) for name in data]
     files = [Path(name).expanduser() for name in names]
     label, unit = " and ".join(map(str, files)), "line" if files[0].is_file() else "record"
@@ -210,12 +208,15 @@ def load_pairs(
     for number, record in itertools.islice(_records(files, columns), limit):
         where, fields = f"{unit} {number} of {label}", record.get("translation", record)
         columns = _columns_to_read(fields, columns, where)  # what the first record has, all must have
-        if empty := [name for name in columns if not fields[name].strip()]:
-            raise ValueError(f"{where} has an empty {empty[0]}: remove the pair")
-        texts = (fields[name] if columns == _PROMPTED else fields[name].strip() for name in columns)
-        pairs.append(Pair(f"{files[0].name}:{number}", *texts))
-    if not pairs:
-        raise ValueError(f"{label} holds no pairs: is it the right file?")
+        for name in columns:
+            must(fields[name].strip(), f"{where} has an empty {name}: remove the pair")
+        pairs.append(
+            Pair(
+                f"{files[0].name}:{number}",
+                *(fields[name] if columns == _PROMPTED else fields[name].strip() for name in columns),
+            )
+        )
+    must(pairs, f"{label} holds no pairs: is it the right file?")
     return pairs
 
 # %% ../nbs/01_data.ipynb #38b79f8a
@@ -256,11 +257,11 @@ class Template:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        if self.text.count("{source}") != 1 or self.text.find("{target}") != len(self.text) - len("{target}"):
-            raise ValueError(
-                f"template {self.name!r} needs {{source}} exactly once, and {{target}} exactly once and at its end: "
-                f"it is {self.text!r}"
-            )
+        must(
+            self.text.count("{source}") == 1 and self.text.find("{target}") == len(self.text) - len("{target}"),
+            f"template {self.name!r} needs {{source}} exactly once, and {{target}} exactly once and at its end: "
+            f"it is {self.text!r}",
+        )
 
     def parts(self, source: str, target: str, languages: tuple[str, str] | None = None) -> list[tuple[str, Role]]:
         """The template filled in: head, source, tail and target.
@@ -278,8 +279,12 @@ class Template:
             The four parts in order.
         """
         first, second = languages or ("", "")
-        text = self.text.replace("{source_language}", first).replace("{target_language}", second)
-        head, tail = text.removesuffix("{target}").split("{source}")
+        head, tail = (
+            self.text.replace("{source_language}", first)
+            .replace("{target_language}", second)
+            .removesuffix("{target}")
+            .split("{source}")
+        )
         return [(head, Role.HEAD), (source, Role.SOURCE), (tail, Role.TAIL), (target, Role.TARGET)]
 
 # %% ../nbs/01_data.ipynb #52d337a4
@@ -338,18 +343,18 @@ class Prompt:
 
     def __init__(self, template: str | Template = "prompt", languages: str | None = None) -> None:
         if isinstance(template, str):
-            if template not in TEMPLATES and "{" not in template:
-                raise ValueError(
-                    f"template {template!r} is unknown: choose {', '.join(TEMPLATES)}, "
-                    "or give a text with {source} and {target}"
-                )
+            must(
+                template in TEMPLATES or "{" in template,
+                f"template {template!r} is unknown: choose {', '.join(TEMPLATES)}, "
+                "or give a text with {source} and {target}",
+            )
             template = TEMPLATES.get(template) or Template("custom", template.replace("\\n", "\n"))
         self.__dict__.update(template=template, languages=languages)  # frozen for everybody else
-        if self.names is None and "_language}" in template.text:
-            raise ValueError(
-                f"template {template.name!r} says the languages: give them, for example "
-                f"Prompt({template.name!r}, 'en-ca'), or take the template 'prompt'"
-            )
+        must(
+            self.names or "_language}" not in template.text,
+            f"template {template.name!r} says the languages: give them, for example "
+            f"Prompt({template.name!r}, 'en-ca'), or take the template 'prompt'",
+        )
 
     @property
     def names(self) -> tuple[str, str] | None:
@@ -427,67 +432,76 @@ class Example(NamedTuple):
     prompt: int
 
 # %% ../nbs/01_data.ipynb #82034ccd
+def _role(text, owners, start, end):
+    found = {owners[x] for x in range(start, end) if not text[x].isspace()} or {*owners[start : start + 1]}
+    must(
+        len(found) < 2,
+        f"the token {text[start:end]!r} holds characters of {' and '.join(sorted(r.name.lower() for r in found))}: "
+        "put a space or a new line between them in the template",
+    )
+    return found.pop() if found else Role.SPECIAL
+
+
 def _prompt_ids_and_roles(tokenizer, parts, chat):
     text, owners = "".join(text for text, _ in parts), [role for text, role in parts for _ in text]
     coded = tokenizer(
         text.rstrip(" "), add_special_tokens=not chat, return_offsets_mapping=True, return_special_tokens_mask=True
     )
-    ids, roles = list[int](), list[int]()
-    for i, (a, b), special in zip(coded["input_ids"], coded["offset_mapping"], coded["special_tokens_mask"]):
-        if special and i == tokenizer.eos_token_id and ids:
-            continue  # some tokenizers close every text: a prompt stays open
-        found = {owners[x] for x in range(a, b) if not text[x].isspace()} or {*owners[a : a + 1]}
-        if len(found) > 1:
-            raise ValueError(
-                f"the token {text[a:b]!r} holds characters of {' and '.join(sorted(r.name.lower() for r in found))}: "
-                "put a space or a new line between them in the template"
-            )
-        control = special or (not ids and i == tokenizer.bos_token_id)
-        roles.append(int(Role.SPECIAL if control or not found else found.pop()))
-        ids.append(i)
-    return ids, roles
+    tokens = [
+        (i, Role.SPECIAL if special or (n == 0 and i == tokenizer.bos_token_id) else _role(text, owners, *span))
+        for n, (i, span, special) in enumerate(
+            zip(coded["input_ids"], coded["offset_mapping"], coded["special_tokens_mask"])
+        )
+        if not (n and special and i == tokenizer.eos_token_id)  # some tokenizers close every text: a prompt stays open
+    ]
+    return [i for i, _ in tokens], [int(role) for _, role in tokens]
 
 # %% ../nbs/01_data.ipynb #ec0c0c6a
 def _parts(tokenizer, prompt, pair):
-    """The parts of what a model reads: those of the template, and in a chat what the chat template makes of them."""
     if not prompt.template.chat:
         return prompt.template.parts(pair.source, pair.target, prompt.names)
 
-    def render(source):
-        message = {"role": "user", "content": prompt.text.removesuffix("{target}").replace("{source}", source)}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-
-    around = render("\ue000").split("\ue000")  # a private character, which no chat template knows
-    source = re.fullmatch("(.*)".join(map(re.escape, around)), render(pair.source), re.DOTALL)
-    if len(around) != 2 or not source:
-        raise ValueError(f"the chat template does not show the message of {pair.id} once and as it is: write another")
-    return [(around[0], Role.HEAD), (source[1], Role.SOURCE), (around[1], Role.TAIL), (pair.target, Role.TARGET)]
+    content = prompt.text.removesuffix("{target}")
+    marked, shown = tokenizer.apply_chat_template(
+        [
+            [{"role": "user", "content": content.replace("{source}", source)}]
+            for source in ("\ue000", pair.source)  # a private character, which no chat template knows
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    around = marked.split("\ue000")
+    found = re.findall(rf"(?s)\A{'(.*)'.join(map(re.escape, around))}\Z", shown)
+    must(
+        len(around) == 2 and found,
+        f"the chat template does not show the message of {pair.id} once and as it is: write another",
+    )
+    return [(around[0], Role.HEAD), (found[0], Role.SOURCE), (around[1], Role.TAIL), (pair.target, Role.TARGET)]
 
 # %% ../nbs/01_data.ipynb #dd8dbc08
 def _refuse_what_cannot_be_encoded(tokenizer, prompt, pair):
-    if not isinstance(prompt, Prompt):
-        raise TypeError(
-            f"the prompt is {prompt!r}, a {type(prompt).__name__}: "
-            "give a Prompt, for example Prompt('explicit', 'en-ca')"
-        )
+    must(
+        isinstance(prompt, Prompt),
+        f"the prompt is {prompt!r}, a {type(prompt).__name__}: give a Prompt, for example Prompt('explicit', 'en-ca')",
+        TypeError,
+    )
     template, tokens = prompt.template, tokenizer.added_tokens_decoder.values()
     texts = pair[1:] if template.chat or template.text != "{source}{target}" else ()  # a source may be the whole prompt
     written = [token.content for token in tokens if token.special and any(token.content in text for text in texts)]
-    for wrong, sentence in (
-        (not tokenizer.is_fast, "the tokenizer is a slow one and gives no character spans: load the fast one"),
+    for holds, sentence in (
+        (tokenizer.is_fast, "the tokenizer is a slow one and gives no character spans: load the fast one"),
         (
-            tokenizer.eos_token_id is None,
+            tokenizer.eos_token_id is not None,
             "the tokenizer has no EOS token: set tokenizer.eos_token, or nothing teaches the model to stop",
         ),
         (
-            template.chat and not tokenizer.chat_template,
+            not template.chat or tokenizer.chat_template,
             f"the tokenizer has no chat template, and the template {template.name!r} needs one: "
             "take another template, or set tokenizer.chat_template",
         ),
-        (written, f"{pair.id} writes out the control token {', '.join(map(repr, written))}: remove it or the pair"),
+        (not written, f"{pair.id} writes out the control token {', '.join(map(repr, written))}: remove it or the pair"),
     ):
-        if wrong:
-            raise ValueError(sentence)
+        must(holds, sentence)
 
 
 def encode(tokenizer: Any, prompt: Prompt, pair: Pair) -> Example:
@@ -522,14 +536,19 @@ def encode(tokenizer: Any, prompt: Prompt, pair: Pair) -> Example:
     joint = joint[:-1] if joint[-1] == tokenizer.eos_token_id else joint
     tail = joint[len(ids) :] if joint[: len(ids)] == ids else []
     tail = tail or tokenizer(text[len(text.rstrip(" ")) :] + target, add_special_tokens=False)["input_ids"]
-    if Role.SOURCE not in roles or not tail:
-        raise ValueError(
-            f"no token of {pair.id} comes from its {'target' if Role.SOURCE in roles else 'source'}: "
-            "the tokenizer drops it"
-        )
-    roles += [int(Role.TARGET)] * len(tail) + [int(Role.SPECIAL)]
-    tail = [*tail, tokenizer.eos_token_id]
-    return Example(pair.id, ids + tail, [-100] * len(ids) + tail, roles, len(ids))
+    must(
+        Role.SOURCE in roles and tail,
+        f"no token of {pair.id} comes from its {'target' if Role.SOURCE in roles else 'source'}: "
+        "the tokenizer drops it",
+    )
+    labels = [*tail, tokenizer.eos_token_id]
+    return Example(
+        pair.id,
+        ids + labels,
+        [-100] * len(ids) + labels,
+        roles + [int(Role.TARGET)] * len(tail) + [int(Role.SPECIAL)],
+        len(ids),
+    )
 
 # %% ../nbs/01_data.ipynb #f33b7d11
 def encode_all(tokenizer: Any, prompt: Prompt, pairs: Iterable[Pair], max_length: int = 1024) -> list[Example]:
@@ -586,12 +605,6 @@ def collate(examples: Sequence[Example], pad_id: int, left: bool = False) -> dic
     """
     import torch
 
-    columns = {
-        "input_ids": ([e.ids for e in examples], pad_id),
-        "attention_mask": ([[1] * len(e.ids) for e in examples], 0),
-        "labels": ([e.labels for e in examples], -100),
-        "roles": ([e.roles for e in examples], int(Role.SPECIAL)),
-    }
     return {
         name: torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row) for row in rows],
@@ -599,7 +612,12 @@ def collate(examples: Sequence[Example], pad_id: int, left: bool = False) -> dic
             padding_value=fill,
             padding_side="left" if left else "right",
         )
-        for name, (rows, fill) in columns.items()
+        for name, rows, fill in (
+            ("input_ids", [e.ids for e in examples], pad_id),
+            ("attention_mask", [[1] * len(e.ids) for e in examples], 0),
+            ("labels", [e.labels for e in examples], -100),
+            ("roles", [e.roles for e in examples], int(Role.SPECIAL)),
+        )
     }
 
 
@@ -621,8 +639,9 @@ def token_counts(examples: Iterable[Example], size: int, roles: Role | tuple[Rol
         int64 counts.
     """
     wanted = tuple(Role) if roles is None else (roles,) if isinstance(roles, int) else roles
-    counted = [i for e in examples for i, r in zip(e.ids, e.roles) if r in wanted]
-    return np.bincount(np.array(counted, dtype=np.int64), minlength=size)
+    return np.bincount(
+        np.fromiter((i for e in examples for i, r in zip(e.ids, e.roles) if r in wanted), np.int64), minlength=size
+    )
 
 # %% ../nbs/01_data.ipynb #19657199
 # The letters in which GPT-2's alphabet writes the bytes that cannot be printed; the others stand for themselves.
@@ -630,12 +649,11 @@ _BYTES = {256 + n: byte for n, byte in enumerate([*range(33), *range(127, 161), 
 
 
 def _decoded(piece, byte_level):
-    """The text of a piece of byte-level BPE or of SentencePiece; half a letter as the escape of its byte."""
     if byte_level and max(map(ord, piece)) < 256 + len(_BYTES):
         raw = piece.translate(_BYTES).encode("latin-1")
     else:
         raw = bytes.fromhex(piece[3:5]) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace("▁", " ").encode()
-    return raw.decode(errors="backslashreplace")
+    return raw.decode(errors="backslashreplace")  # half a letter as the escape of its byte
 
 
 def _readable(text):
@@ -660,5 +678,5 @@ def token_text(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     """
     byte_level = "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
     added = tokenizer.added_tokens_decoder
-    pieces = [(i, tokenizer.convert_ids_to_tokens(i) or f"[{i}]") for i in map(int, ids)]
+    pieces = ((i, tokenizer.convert_ids_to_tokens(i) or f"[{i}]") for i in map(int, ids))
     return [_readable(piece if i in added else _decoded(piece, byte_level)) for i, piece in pieces]

@@ -87,18 +87,20 @@ class Bootstrap:
         Interval
             The estimate and its interval.
         """
-        ends = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
-        low, high = np.quantile(values[1:], ends, method="nearest")
+        low, high = np.quantile(values[1:], [(1 - self.confidence) / 2, (1 + self.confidence) / 2], method="nearest")
         return Interval(float(values[0]), float(low), float(high))
 
 # %% ../nbs/08_decomposition.ipynb #004dc222
-def _resampled(systems, pairs, metric, bootstrap) -> np.ndarray:
-    "Scores of each (translations, rule) on all sentences, then on resamples: (systems, 1 + samples), more is better."
-    ids = [[t.id for t in translations] for translations, _ in systems]
-    if any(i != ids[0] for i in ids):
+def _refuse_other_sentences(*systems) -> None:
+    if len({tuple(t.id for t in translations) for translations in systems}) > 1:
         raise ValueError(
             "the systems translate different sentences: give translations with the same ids in the same order"
         )
+
+
+# Scores of each (translations, rule) on all sentences, then on resamples: (systems, 1 + samples), more is better.
+def _resampled(systems, pairs, metric, bootstrap) -> np.ndarray:
+    _refuse_other_sentences(*(translations for translations, _ in systems))
     statistics = [sentence_statistics(t, pairs, rule=rule, metric=metric) for t, rule in systems]
     n, rng = len(pairs), np.random.default_rng(bootstrap.seed)
     counts = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=bootstrap.samples)])  # drawn so often
@@ -106,8 +108,8 @@ def _resampled(systems, pairs, metric, bootstrap) -> np.ndarray:
     return sign * np.array([score_statistics(counts @ s, metric) for s in statistics])
 
 
+# The interval of part / total; unknown unless the interval of the total lies above 0.
 def _ratio(part, total, bootstrap) -> Interval:
-    "The interval of part / total; unknown unless the interval of the total lies above 0."
     if bootstrap.interval(total).low <= 0:
         return Interval(None, None, None)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -161,17 +163,15 @@ class Decomposition:
     @property
     def sentence(self) -> str:
         "The verdict in plain words."
-        name, share, confidence = (
-            "BLEU" if self.metric == "bleu" else self.metric,
-            self.share,
-            self.bootstrap.confidence,
+        name, share = "BLEU" if self.metric == "bleu" else self.metric, self.share
+        gain = (
+            f"{self.whole.value:+.1f} {name} on the whole continuation "
+            f"({self.bootstrap.confidence:.0%} interval {self.whole.low:+.1f} to {self.whole.high:+.1f})"
         )
-        ends = f"{confidence:.0%} interval {self.whole.low:+.1f} to {self.whole.high:+.1f}"
-        gain = f"{self.whole.value:+.1f} {name} on the whole continuation ({ends})"
         if share.value is None:
-            worse = "the tuned model is worse, so there is no gain to explain"
-            why = worse if self.whole.high < 0 else "the interval holds 0, so there may be no gain to explain"
-            return f"Cannot tell where a gain comes from: {gain}; {why}."
+            lost, tied = "the tuned model is worse, so there is no", "the interval holds 0, so there may be no"
+            why = lost if self.whole.high < 0 else tied
+            return f"Cannot tell where a gain comes from: {gain}; {why} gain to explain."
         stops = "ends {eos_rate:.0%} of its translations after {mean_length:.0f} characters".format
         return (
             f"{_SAID[self.verdict]}: of {gain}, {self.stopping.value:+.1f} are stopping, {share.value:.0%} "
@@ -233,14 +233,12 @@ def decompose(
     scores = _resampled(systems, references, metric, bootstrap)
     whole, content = scores[2] - scores[0], scores[3] - scores[1]
     share = _ratio(whole - content, whole, bootstrap)
-    verdict = "cannot tell"
-    if share.value is not None:
-        if share.value >= mostly:
-            verdict = "stopping" if share.low > 0.5 else verdict
-        elif share.value <= 1 - mostly:
-            verdict = "content" if share.high < 0.5 else verdict
-        elif share.low > 1 - mostly or share.high < mostly:
-            verdict = "mixed"
+    value, low, high = np.array(share, dtype=float)  # what is unknown becomes NaN, of which nothing holds
+    says = {
+        "stopping": value >= mostly and low > 0.5,
+        "content": value < mostly and value <= 1 - mostly and high < 0.5,
+        "mixed": 1 - mostly < value < mostly and (low > 1 - mostly or high < mostly),
+    }
 
     def facts(i, translations):
         return {
@@ -251,17 +249,16 @@ def decompose(
         }
 
     rules = "+".join(str(get_extraction(rule)) for rule in ("whole", "first_line"))
-    signature = f"{get_metric(metric, references[:1]).get_signature()}|rule:{rules}"
     return Decomposition(
         bootstrap.interval(whole),
         bootstrap.interval(content),
         bootstrap.interval(whole - content),
         share,
-        verdict,
+        next((word for word, holds in says.items() if holds), "cannot tell"),
         facts(0, base),
         facts(2, tuned),
         metric,
-        signature,
+        f"{get_metric(metric, references[:1]).get_signature()}|rule:{rules}",
         len(references),
         bootstrap,
     )
@@ -337,16 +334,11 @@ def forced_stop(base: Sequence[Translation], tuned: Sequence[Translation], token
     ----------
     This project.
     """
-    if [t.id for t in base] != [t.id for t in tuned]:
-        raise ValueError(
-            "the systems translate different sentences: give translations with the same ids in the same order"
-        )
-    result = []
-    for b, t in zip(base, tuned):
-        if any(x.text and not x.tokens for x in (b, t)):
-            raise ValueError(f"the translation of {b.id} has no tokens: only what `translate` made can be cut")
-        n = len(t.tokens) - t.ended
-        if len(b.tokens) - b.ended > n:
-            b = Translation(b.id, tokenizer.decode(list(b.tokens[:n]), skip_special_tokens=True), True, b.tokens[:n])
-        result.append(b)
-    return result
+    _refuse_other_sentences(base, tuned)
+    if lost := [b.id for pair in zip(base, tuned) for b in pair if b.text and not b.tokens]:
+        raise ValueError(f"the translation of {lost[0]} has no tokens: only what `translate` made can be cut")
+    limits = [len(t.tokens) - t.ended for t in tuned]
+    cut = lambda b, n: b._replace(
+        text=tokenizer.decode(list(b.tokens[:n]), skip_special_tokens=True), ended=True, tokens=b.tokens[:n]
+    )
+    return [cut(b, n) if len(b.tokens) - b.ended > n else b for b, n in zip(base, limits)]

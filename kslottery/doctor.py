@@ -27,26 +27,23 @@ _SPARED = {"numba": "the KS scan takes its slower engine"}  # required, but with
 
 
 def _installed(package):
-    "The version of an installed package, or None if it, or its module, is not there."
+    # Its version; None if the package, or its module, is not there.
     try:
-        there = util.find_spec({"pyyaml": "yaml"}.get(package, package))
-        return metadata.version(package) if there else None
+        return metadata.version(package) if util.find_spec({"pyyaml": "yaml"}.get(package, package)) else None
     except (metadata.PackageNotFoundError, ValueError):
         return None
 
 
 def _requirements():
-    "What the library cannot do without: (package, range of versions) each; nothing if it was never installed."
+    # What the library cannot do without: (package, range of versions) each; nothing if it was never installed.
     try:
-        stated = metadata.requires("kslottery") or []
+        stated = [line for line in metadata.requires("kslottery") or () if "extra ==" not in line]
+        return re.findall(r"^([\w.-]+)[ \t]*(.*)$", "\n".join(stated), re.MULTILINE)
     except metadata.PackageNotFoundError:
         return []
-    found = [re.fullmatch(r"([\w.-]+)\s*(.*)", r) for r in stated if "extra ==" not in r]
-    return [(r[1], r[2]) for r in found if r]
 
 # %% ../nbs/18_doctor.ipynb #3d5938ca
 def _packages():
-    "Every requirement: its version, the range, and whether it serves."
     from packaging.specifiers import SpecifierSet
 
     return {
@@ -60,7 +57,6 @@ def _packages():
 
 
 def _uses():
-    "For each thing one may want to do: whether it can be done, and else what is missing and how to get it."
     lacking = {
         use: [p for p in packages if not _installed(p)] + [p for p in programs if not shutil.which(p)]
         for use, (packages, programs, _) in _USES.items()
@@ -76,34 +72,34 @@ def _computes(device, dtype):
 
     try:
         x = torch.ones(8, 8, device=device, dtype=getattr(torch, dtype))
-        return bool(torch.isfinite(x @ x).all())
+        emulated = x.is_cuda and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.isfinite(x @ x).all()) and not emulated
     except RuntimeError:
         return False
 
 
 def _devices():
-    "The devices that torch can use: name, memory in bytes, and the dtypes that they compute in."
     import torch
 
-    mps = ["mps"] if torch.backends.mps.is_available() else []
-    found = []
-    for name in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *mps]:
-        about, dtypes = {"name": platform.processor() or platform.machine()}, ["float32", "float16", "bfloat16"]
-        if name.startswith("cuda"):
-            card = torch.cuda.get_device_properties(name)
-            about = {"name": card.name, "memory": card.total_memory}
-            dtypes = dtypes if torch.cuda.is_bf16_supported(including_emulation=False) else dtypes[:2]
-        found.append({"device": name, **about, "dtypes": [t for t in dtypes if _computes(name, t)]})
-    return found
+    processor = {"name": platform.processor() or platform.machine()}
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    found = {
+        "cpu": processor,
+        **{f"cuda:{i}": {"name": card.name, "memory": card.total_memory} for i, card in enumerate(cards)},
+        **({"mps": processor} if torch.backends.mps.is_available() else {}),
+    }
+    return [
+        {"device": device, **about, "dtypes": [t for t in ("float32", "float16", "bfloat16") if _computes(device, t)]}
+        for device, about in found.items()
+    ]
 
 
 def _memory():
-    "Memory in bytes: what there is, or what this container may use, and what is free; None if the system does not say."
+    # Bytes: what there is, or what this container may use, and what is free; None if the system does not say.
     read = lambda path: Path(path).read_text() if Path(path).is_file() else ""
     stated = {name: int(kB) * 1024 for name, kB in re.findall(r"(\w+):\s+(\d+) kB", read("/proc/meminfo"))}
-    total, free = stated.get("MemTotal"), stated.get("MemAvailable")
-    if total is None and hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    total, free = stated.get("MemTotal", pages), stated.get("MemAvailable")
     limit = read("/sys/fs/cgroup/memory.max").strip()
     if limit.isdigit() and total and int(limit) < total:
         total, free = int(limit), int(limit) - int(read("/sys/fs/cgroup/memory.current") or 0)
@@ -111,7 +107,6 @@ def _memory():
 
 
 def _cache():
-    "The cache: its folder, whether it can be written, the disk that is left there, and how many worlds it holds."
     folder = cache_dir()
     stands = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     return {
@@ -131,7 +126,6 @@ def examine() -> dict[str, Any]:
         JSON-ready: `versions`; `packages`, the requirements; `devices`; `cores`; `memory` and `cache` in bytes; `uses`,
         what can be done; `notes`, what is odd; and `ok`: nothing is missing that no command can do without.
     """
-    system = f"{platform.system()} {platform.release()} {platform.machine()}"
     packages, notes, devices, cache = _packages(), [], [], _cache()
     try:
         devices = _devices()
@@ -140,15 +134,18 @@ def examine() -> dict[str, Any]:
         notes.append(f"torch cannot be imported ({str(error).splitlines()[0][:120]})")
     lacking = [name for name, p in packages.items() if not p["ok"]]
     notes += [f"without {name} {_SPARED[name]}" for name in lacking if name in _SPARED]
-    if len(devices) == 1 and shutil.which("nvidia-smi"):
-        notes.append(
-            "this machine has an NVIDIA driver, but torch sees no GPU: "
-            "install a CUDA build of torch, or look at CUDA_VISIBLE_DEVICES"
-        )
-    if not cache["writable"]:
-        notes.append(f"{cache['folder']} cannot be written: name another folder in KSLOTTERY_CACHE")
+    odd = {
+        "this machine has an NVIDIA driver, but torch sees no GPU: install a CUDA build of torch, or look at "
+        "CUDA_VISIBLE_DEVICES": len(devices) == 1 and shutil.which("nvidia-smi"),
+        f"{cache['folder']} cannot be written: name another folder in KSLOTTERY_CACHE": not cache["writable"],
+    }
+    notes += [note for note, holds in odd.items() if holds]
     return {
-        "versions": {"kslottery": kslottery.__version__, "python": platform.python_version(), "system": system},
+        "versions": {
+            "kslottery": kslottery.__version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        },
         "packages": packages,
         "devices": devices,
         "notes": notes,
@@ -175,8 +172,8 @@ def describe(found: dict[str, Any]) -> str:
     """
     size = lambda n: "?" if n is None else f"{n / 2**30:.1f} GiB"
     versions, memory, cache, packages = (found[part] for part in ("versions", "memory", "cache", "packages"))
-    much = lambda d: f"{found['cores']} cores" if d["device"] == "cpu" else size(d.get("memory"))
     here = lambda p: f" (here is {p['version']})" if p["version"] else ""
+    much = lambda d: f"{found['cores']} cores" if d["device"] == "cpu" else size(d.get("memory"))
     lines = [
         *((d["device"], f"{d['name']}, {much(d)}; {', '.join(d['dtypes'])}") for d in found["devices"]),
         ("memory", f"{size(memory['total'])}, {size(memory['free'])} free"),
@@ -195,5 +192,10 @@ def describe(found: dict[str, Any]) -> str:
             for use, u in found["uses"].items()
         ),
     ]
-    title = f"kslottery {versions['kslottery']}, Python {versions['python']}, {versions['system']}"
-    return "\n".join([title, "", *(f"{head:10s} {text}".rstrip() for head, text in lines)])
+    return "\n".join(
+        [
+            f"kslottery {versions['kslottery']}, Python {versions['python']}, {versions['system']}",
+            "",
+            *(f"{head:10s} {text}".rstrip() for head, text in lines),
+        ]
+    )

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, partialmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .core import progress_bar
+from .core import bar_label, must, one_of, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,11 +28,10 @@ __all__ = ['CRITERIA', 'map_rows', 'ks_statistic', 'ks_pvalue', 'critical_value'
 
 # %% ../nbs/02_ks.ipynb #eacaf62f
 def _walk_numpy(before, after):
-    """k = d * D of each row of two (n, d) float arrays without NaN: (n,) integers."""
-    d = before.shape[1]
+    # k = d * D of each row of two (n, d) float arrays without NaN: (n,) integers
     values = np.concatenate([before, after], axis=1)  # (n, 2d)
     order = np.argsort(values, axis=1, kind="stable")
-    height = np.cumsum(np.where(order < d, 1, -1), axis=1)
+    height = np.cumsum(np.where(order < before.shape[1], 1, -1), axis=1)
     values = np.take_along_axis(values, order, axis=1)
     height[:, :-1][values[:, 1:] == values[:, :-1]] = 0  # inside a tie the walk is not read
     return np.abs(height).max(axis=1)
@@ -47,33 +47,27 @@ def _walk_torch(before, after, device):
 
 # %% ../nbs/02_ks.ipynb #d9724bf2
 def _bin(value, scale, shift, last):
-    """The bin of a value; the outer two bins take all that lies beyond."""
+    # The outer two bins take all that lies beyond.
     return int(min(max(np.float32(value) * scale + shift, np.float32(0)), last))
 
 
 def _place_bins(a, b, bins):
-    """Scale and shift that put two rows into bins; the scale is 0 for equal rows, -1 for rows that do not bin."""
-    same, finite = True, True
-    for i in range(len(a)):
+    # Scale and shift that put two rows into bins; the scale is 0 for equal rows, -1 for rows that do not bin.
+    same = True
+    for i in range(len(a)):  # without a way out: so the machine compares many at once
         same &= a[i] == b[i]
-        finite &= (abs(a[i]) < np.inf) & (abs(b[i]) < np.inf)
-    if same and finite:
+    if same:
         return np.float32(0), np.float32(0)
-    total, squares, m = 0.0, 0.0, 2 * ((len(a) + 7) // 8)
-    for i in range(0, len(a), 8):  # a sample is enough to place the bins
-        x, y = np.float64(a[i]), np.float64(b[i])
-        total += x + y
-        squares += x * x + y * y
-    mean = total / m
-    spread = squares / m - mean * mean
-    if not (finite and 1e-60 < spread < 1e60):
+    sample = np.concatenate((a[::32], b[::32])).astype(np.float64)
+    mean, spread = sample.mean(), sample.std()
+    if not 1e-30 < spread < 1e30:
         return np.float32(-1), np.float32(0)
-    scale = bins / (8 * np.sqrt(spread))
+    scale = bins / (8 * spread)
     return np.float32(scale), np.float32(bins / 2 - mean * scale)
 
 # %% ../nbs/02_ks.ipynb #8827b8f9
 def _mark_bins(count_a, count_b, need):
-    """The best height at edges of bins, and how many values lie in bins that may beat it (count below 0)."""
+    # The best height at edges of bins, and how many values lie in bins that may beat it (their counts become ~count).
     height, best = 0, 0
     for j in range(len(count_a)):
         height += count_a[j] - count_b[j]
@@ -82,90 +76,80 @@ def _mark_bins(count_a, count_b, need):
     for j in range(len(count_a)):
         x, y = count_a[j], count_b[j]
         if (height + x > bound or y - height > bound) and x + y > 1:
-            count_a[j] = -x - 1
+            count_a[j] = ~x
             found += x + y
         height += x - y
     return best, found
 
 
-def _gather(a, b, count_a, scale, shift, some_a, some_b):
-    """The values of two rows that lie in marked bins, sorted, in the memory of `some_a` and `some_b`."""
-    n_a, n_b, last = 0, 0, np.float32(len(count_a) - 1)
-    for i in range(len(a)):
-        if count_a[_bin(a[i], scale, shift, last)] < 0:
-            some_a[n_a] = a[i]
-            n_a += 1
-        if count_a[_bin(b[i], scale, shift, last)] < 0:
-            some_b[n_b] = b[i]
-            n_b += 1
-    some_a[:n_a].sort()
-    some_b[:n_b].sort()
-    return some_a[:n_a], some_b[:n_b]
+def _gather(row, count_a, scale, shift, some):
+    # The values of a row that lie in marked bins, sorted, in the memory of `some`.
+    n, last = 0, np.float32(len(count_a) - 1)
+    for value in row:
+        if count_a[_bin(value, scale, shift, last)] < 0:
+            some[n] = value
+            n += 1
+    some[:n].sort()
+    return some[:n]
 
 
 def _walk_marked(some_a, some_b, count_a, count_b, best):
-    """The greatest height of the walk, at least `best`, read inside the marked bins only."""
-    height, i, k = 0, 0, 0
+    # The greatest height of the walk, at least `best`, read inside the marked bins only.
+    skipped, i, k = 0, 0, 0  # what the walk climbs in the other bins, and the steps up and down in these
     for j in range(len(count_a)):
-        x, y = count_a[j], count_b[j]
-        if x < 0:
-            x = -x - 1
-            end_a, end_b, h = i + x, k + y, height
+        if count_a[j] >= 0:
+            skipped += count_a[j] - count_b[j]
+        else:
+            end_a, end_b = i + ~count_a[j], k + count_b[j]
             while i < end_a or k < end_b:
                 value = some_a[i] if k >= end_b or (i < end_a and some_a[i] < some_b[k]) else some_b[k]
                 while i < end_a and some_a[i] == value:
-                    i, h = i + 1, h + 1
+                    i += 1
                 while k < end_b and some_b[k] == value:
-                    k, h = k + 1, h - 1
-                best = max(best, abs(h))
-        height += x - y
+                    k += 1
+                best = max(best, abs(skipped + i - k))
     return best
 
 # %% ../nbs/02_ks.ipynb #a2edceec
 def _bin_rows(before, after, need, bins, out):
-    """k = d * D of each row, into `out`; -1 for a row that does not bin, any k < need where D is smaller."""
-    n, d = before.shape
-    count_a, count_b = np.empty(bins, np.int32), np.empty(bins, np.int32)
-    some_a, some_b = np.empty(d, before.dtype), np.empty(d, before.dtype)
-    last = np.float32(bins - 1)
-    for r in range(n):
+    # k = d * D of each row, into `out`; -1 for a row that does not bin, any k < need where D is smaller.
+    count_a, count_b, last = np.empty(bins, np.int32), np.empty(bins, np.int32), np.float32(bins - 1)
+    some_a, some_b = np.empty_like(before[0]), np.empty_like(after[0])
+    for r in range(len(before)):
         a, b = before[r], after[r]
         scale, shift = _place_bins(a, b, bins)
-        if scale <= 0:
-            out[r] = int(scale)
-            continue
-        count_a[:] = 0
-        count_b[:] = 0
-        for i in range(d):
-            count_a[_bin(a[i], scale, shift, last)] += 1
-            count_b[_bin(b[i], scale, shift, last)] += 1
-        best, found = _mark_bins(count_a, count_b, need)
-        if found:
-            values_a, values_b = _gather(a, b, count_a, scale, shift, some_a, some_b)
-            best = _walk_marked(values_a, values_b, count_a, count_b, best)
+        best = int(scale)
+        if scale > 0:
+            count_a[:] = 0
+            count_b[:] = 0
+            for i in range(len(a)):
+                count_a[_bin(a[i], scale, shift, last)] += 1
+                count_b[_bin(b[i], scale, shift, last)] += 1
+            best, found = _mark_bins(count_a, count_b, need)
+            if found:
+                values_a = _gather(a, count_a, scale, shift, some_a)
+                values_b = _gather(b, count_a, scale, shift, some_b)
+                best = _walk_marked(values_a, values_b, count_a, count_b, best)
         out[r] = best
 
 
 @lru_cache
 def _compiled():
-    """The binning engine as machine code, or None where numba is not installed."""
+    # The binning engine as machine code, or None where numba is not installed.
     try:
-        import numba
-        from numba.extending import register_jitable
+        import numba.extending
     except ImportError:
         return None
     for part in (_bin, _place_bins, _mark_bins, _gather, _walk_marked):
-        register_jitable(part)
+        numba.extending.register_jitable(part)
     return numba.njit(nogil=True, cache=True)(_bin_rows)
 
 
 def _binned(need, before, after):
-    """k of each row by the binning engine; rows that do not bin go to the plain one."""
-    d = before.shape[1]
-    bins = 1 << max(4, int(math.log2(d)) - (need > 0))
+    bins = 1 << max(4, int(math.log2(before.shape[1])) - (need > 0))
     k = np.empty(len(before), np.int64)
     _compiled()(np.ascontiguousarray(before), np.ascontiguousarray(after), need, bins, k)
-    if len(odd := np.flatnonzero(k < 0)):
+    if len(odd := np.flatnonzero(k < 0)):  # they do not bin: the plain engine takes them
         k[odd] = _walk_numpy(before[odd], after[odd])
     return k
 
@@ -174,7 +158,7 @@ _BITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # of the s
 
 
 def _load(matrix, rows, round_to):
-    """Rows as float32 or float64 numpy, after rounding to the dtype named `round_to` if there is one."""
+    # Rows as float32 or float64 numpy, after rounding to the dtype named `round_to` if there is one.
     part = matrix[rows]
     if round_to:
         import torch
@@ -186,14 +170,13 @@ def _load(matrix, rows, round_to):
 
 
 def _check_pair(before, after, round):
-    """Refuse two matrices that cannot be compared, in one sentence; returns the dtype to round both to, or None."""
-    if tuple(before.shape) != tuple(after.shape):
-        raise ValueError(
-            f"before has shape {tuple(before.shape)} and after {tuple(after.shape)}: "
-            "compare the same matrix of two checkpoints"
-        )
-    if len(before.shape) != 2 or before.shape[1] == 0:
-        raise ValueError(f"the scan needs a (rows, columns) matrix, not shape {tuple(before.shape)}: reshape it first")
+    # Refuses two matrices that cannot be compared; returns the dtype to round both to, or None.
+    shape, other = tuple(before.shape), tuple(after.shape)
+    must(shape == other, f"before has shape {shape} and after {other}: compare the same matrix of two checkpoints")
+    must(
+        len(shape) == 2 and shape[1] > 0,
+        f"the scan needs a (rows, columns) matrix, not shape {shape}: reshape it first",
+    )
     names = [str(matrix.dtype).removeprefix("torch.") for matrix in (before, after)]
     if odd := next((name for name in names if name not in _BITS), None):
         raise TypeError(f"the scan needs floating-point rows, not {odd}: convert them, or dequantise the model first")
@@ -201,11 +184,11 @@ def _check_pair(before, after, round):
         return None
     if getattr(after, "base", None) is before or getattr(before, "base", None) is after:
         return "float32" if "float64" in names else None
-    if not round:
-        raise ValueError(
-            f"before is {names[0]} and after {names[1]}: rounding alone would make every row look moved; "
-            "scan with round=True (--round) to round both to the coarser first"
-        )
+    must(
+        round,
+        f"before is {names[0]} and after {names[1]}: rounding alone would make every row look moved; "
+        "scan with round=True (--round) to round both to the coarser first",
+    )
     return min(names, key=_BITS.__getitem__)
 
 # %% ../nbs/02_ks.ipynb #cb28ecfc
@@ -245,8 +228,7 @@ def map_rows(
     size = max(1, min(2**19 // d, -(-V // 8)))
 
     def work(start):
-        rows = slice(start, min(start + size, V))
-        a, b = _load(before, rows, round_to), _load(after, rows, round_to)
+        a, b = (_load(matrix, slice(start, min(start + size, V)), round_to) for matrix in (before, after))
         for name, x in (("before", a), ("after", b)):
             if np.isnan(np.min(x)):  # NaN, if any, is the minimum
                 bad = start + int(np.flatnonzero(np.isnan(x).any(axis=1))[0])
@@ -255,29 +237,24 @@ def map_rows(
                 )
         return function(a, b)
 
-    starts, parts = range(0, V, size), []
-    label = "Scanning rows" if isinstance(progress, bool) else progress
-    with progress_bar(V, f"{label}, rows", bool(progress)) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            for part in pool.map(work, starts):
-                parts.append(part)
-                bar.update(len(part))
-        except BaseException:  # an error or Ctrl-C: do not start what is still waiting
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    parts = []
+    label, show = bar_label(progress, "Scanning rows")
+    with progress_bar(V, f"{label}, rows", show) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(work, range(0, V, size)):  # an error or Ctrl-C ends the map, and what waits never starts
+            parts.append(part)
+            bar.update(len(part))
     return np.concatenate(parts)
 
 # %% ../nbs/02_ks.ipynb #a9f45b5f
 def _moved_only(walk, a, b):
-    """k of each row by a walk that is spared the rows that are bit-identical."""
-    k, moved = np.zeros(len(a), np.int64), np.flatnonzero((a != b).any(axis=1))
-    if len(moved):
-        k[moved] = walk(a[moved], b[moved])
+    moved = (a != b).any(axis=1)  # rows that are bit-identical are spared the walk
+    k = np.zeros(len(a), np.int64)
+    k[moved] = walk(a[moved], b[moved])
     return k
 
 
 def _statistic(before, after, need, engine, round, progress, device):
-    """k = d * D of every row; any number below `need` where it is smaller than that."""
+    # k = d * D of every row; any number below `need` where it is smaller than that.
     if device == "auto":
         import torch
 
@@ -290,8 +267,7 @@ def _statistic(before, after, need, engine, round, progress, device):
         "plain": partial(_moved_only, _walk_numpy),
         "torch": partial(_moved_only, partial(_walk_torch, device=device)),
     }
-    if engine not in engines:
-        raise ValueError(f"engine is {engine!r}: choose 'auto', 'binned', 'plain' or 'torch'")
+    must(engine in engines, f"engine is {engine!r}: choose 'auto', 'binned', 'plain' or 'torch'")
     progress = "KS scan" if progress is True else progress
     return map_rows(engines[engine], before, after, round=round, progress=progress).astype(np.int64)
 
@@ -343,18 +319,20 @@ def ks_statistic(
 # %% ../nbs/02_ks.ipynb #72354bbc
 @lru_cache(maxsize=16)  # a critical value asks for it a dozen times, a checkpoint has many matrices of one width
 def _path_table(d):
-    """T_m = C(2d, d-m)/C(2d, d) for m = 0, 1, ... until it vanishes: long doubles, at most d + 1 of them."""
+    # T_m = C(2d, d-m)/C(2d, d) for m = 0, 1, ... until it vanishes: long doubles, at most d + 1 of them.
     m = np.arange(min(d, 2 + int(110 * math.sqrt(d))), dtype=np.longdouble)
     return np.concatenate([[np.longdouble(1)], np.cumprod((d - m) / (d + m + 1))])
 
 
-def _pvalues(k, d):
-    """P(D >= k/d), n = m = d, for each integer in k."""
-    table, values = _path_table(d), {0: 1.0}
-    for x in set(np.ravel(k).tolist()) - {0}:
-        terms = table[x::x]
-        values[x] = float(min(2 * (terms[::2].sum() - terms[1::2].sum()), 1))
-    return np.array([values[int(x)] for x in np.ravel(k)]).reshape(np.shape(k))
+def _tail(k, d):
+    # P(D >= k/d), n = m = d
+    terms = _path_table(d)[k :: max(k, 1)]
+    return float(min(2 * (terms[::2].sum() - terms[1::2].sum()), 1)) if k else 1.0
+
+
+def _tails(k, d):
+    steps, where = np.unique(k, return_inverse=True)
+    return np.array([_tail(step, d) for step in steps.tolist()])[where].reshape(np.shape(k))
 
 # %% ../nbs/02_ks.ipynb #9fb20310
 def ks_pvalue(statistic: float | np.ndarray, d: int) -> float | np.ndarray:
@@ -385,18 +363,15 @@ def ks_pvalue(statistic: float | np.ndarray, d: int) -> float | np.ndarray:
     Hodges 1958, equation 2.
     """
     D = np.asarray(statistic, dtype=np.float64)
-    if d < 1 or int(d) != d:
-        raise ValueError(f"d is {d}: it must be a whole number of columns, at least 1")
-    if not ((D >= 0) & (D <= 1)).all():
-        raise ValueError("a KS statistic lies outside [0, 1]: pass D, not d * D")
+    must(d >= 1 and int(d) == d, f"d is {d}: it must be a whole number of columns, at least 1")
+    must(((D >= 0) & (D <= 1)).all(), "a KS statistic lies outside [0, 1]: pass D, not d * D")
     k = np.ceil(np.round(D * d, 6)).astype(np.int64)  # D between two steps k/d is reached by the upper one
-    p = _pvalues(k, int(d))
+    p = _tails(k, int(d))
     return p if p.ndim else float(p)
 
 # %% ../nbs/02_ks.ipynb #a825d62a
 def _check_alpha(alpha):
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha is {alpha}: it must lie strictly between 0 and 1, for example 0.05")
+    must(0 < alpha < 1, f"alpha is {alpha}: it must lie strictly between 0 and 1, for example 0.05")
 
 
 def critical_value(alpha: float, d: int, method: str = "exact") -> float:
@@ -427,41 +402,21 @@ def critical_value(alpha: float, d: int, method: str = "exact") -> float:
     Yuan et al. 2025, section 3; the exact value is that of `ks_pvalue`.
     """
     _check_alpha(alpha)
-    if d < 1:
-        raise ValueError(f"d is {d}: a row has at least 1 column")
+    must(d >= 1, f"d is {d}: a row has at least 1 column")
+    must(method in ("exact", "asymptotic"), f"method is {method!r}: choose 'exact' or 'asymptotic'")
     if method == "asymptotic":
         return math.sqrt(-math.log(alpha / 2) / 2) * math.sqrt(2 / d)
-    if method != "exact":
-        raise ValueError(f"method is {method!r}: choose 'exact' or 'asymptotic'")
-    low, high = 0, d + 1  # p falls with k: halve the interval
-    while high - low > 1:
-        k = (low + high) // 2
-        low, high = (low, k) if _pvalues(k, d) < alpha else (k, high)
-    return high / d if high <= d else math.inf
+    k = bisect_left(range(d + 1), True, key=lambda k: _tail(k, d) < alpha)  # p falls with k: halve the interval
+    return k / d if k <= d else math.inf
 
-# %% ../nbs/02_ks.ipynb #eb49473f
-def _frame(scan, ids, tokenizer=None, counts=None):
-    """The rows of a scan that are named, as a table of pandas."""
-    import pandas as pd
-
-    columns = {"id": ids, "statistic": scan.statistic[ids]}
-    if tokenizer is not None:
-        from kslottery.data import token_text
-
-        columns = {"token": token_text(tokenizer, ids.tolist()), **columns}
-    columns |= {} if scan.pvalue is None else {"pvalue": scan.pvalue[ids]}
-    columns |= {} if counts is None else {"count": np.asarray(counts)[ids]}
-    return pd.DataFrame(columns)
-
-
+# %% ../nbs/02_ks.ipynb #7d1f0c3e
 def _shown(scan, form):
-    """A scan as a sentence and its best rows, in text (form "string") or in HTML (form "html")."""
-    level = scan.decided or 0.05
+    # A sentence and the best rows, in text (form "string") or in HTML (form "html").
+    level, name = scan.decided or 0.05, "D" if scan.criterion == "ks" else scan.criterion
     passing = "" if scan.pvalue is None else f", {len(scan.select(level)):,} with p below {level:g}"
-    best = scan._best_first()[: min(8, int((~np.isnan(scan.statistic)).sum()))]
-    names = {"statistic": "D" if scan.criterion == "ks" else scan.criterion, "pvalue": "p"}
-    table = getattr(_frame(scan, best).rename(columns=names), f"to_{form}")(index=False, float_format="{:.3g}".format)
     title = f"Scan of {len(scan.statistic):,} rows of {scan.d:,} numbers by {scan.criterion}{passing}; the best:"
+    best = scan.to_frame(top=8).dropna(subset="statistic").rename(columns={"statistic": name, "pvalue": "p"})
+    table = getattr(best, f"to_{form}")(index=False, float_format="{:.3g}".format)
     return f"<p>{title}</p>{table}" if form == "html" else f"{title}\n{table}"
 
 # %% ../nbs/02_ks.ipynb #65b05418
@@ -490,9 +445,8 @@ class Scan:
     decided: float | None = None
 
     def _best_first(self):
-        worth = np.nan_to_num(self.statistic, nan=-np.inf)
-        keys = (np.arange(len(worth)), -worth)
-        return np.lexsort(keys if self.pvalue is None else (*keys, np.nan_to_num(self.pvalue, nan=2.0)))
+        # By p-value, then by statistic, then by id (the sort is stable); NaN comes last.
+        return np.lexsort([-self.statistic] if self.pvalue is None else [-self.statistic, self.pvalue])
 
     def top(self, k: int) -> np.ndarray:
         """Take the best rows.
@@ -513,13 +467,12 @@ class Scan:
             Unless 0 <= k <= V, or if a scan that only decides does not know the order of so many.
         """
         V, known = len(self.statistic), int((~np.isnan(self.statistic)).sum())
-        if not 0 <= k <= V:
-            raise ValueError(f"top({k}) of {V} rows: ask for a number between 0 and {V}")
-        if k > known:
-            raise ValueError(
-                f"top({k}): this scan decided only which rows pass at alpha = {self.decided:g}, and {known} do; "
-                "scan without decide for more"
-            )
+        must(0 <= k <= V, f"top({k}) of {V} rows: ask for a number between 0 and {V}")
+        must(
+            k <= known,
+            f"top({k}): this scan decided only which rows pass at alpha = {self.decided}, and {known} do; "
+            "scan without decide for more",
+        )
         return self._best_first()[:k]
 
     def select(self, alpha: float, correction: str | None = None) -> np.ndarray:
@@ -549,22 +502,22 @@ class Scan:
                 f"the criterion {self.criterion!r} has no p-values to compare with alpha: say how many of the best "
                 "rows to take, by top_k (--top-k), or by top(k) of the scan"
             )
-        if self.decided is not None and alpha > self.decided:
-            raise ValueError(
-                f"this scan decided at alpha = {self.decided:g} only, not at {alpha:g}: "
-                f"scan again with decide={alpha:g}, or without"
-            )
+        must(
+            self.decided is None or alpha <= self.decided,
+            f"this scan decided at alpha = {self.decided} only, not at {alpha:g}: "
+            f"scan again with decide={alpha:g}, or without",
+        )
+        must(
+            correction in (None, "bonferroni", "bh"),
+            f"correction is {correction!r}: choose None, 'bonferroni' or 'bh'",
+        )
         p = np.nan_to_num(self.pvalue, nan=1.0)  # what failed at a larger alpha fails here too, under every correction
-        if correction == "bonferroni":
-            p = np.minimum(p * len(p), 1)
-        elif correction == "bh":
+        if correction == "bh":
             from scipy.stats import false_discovery_control
 
             p = false_discovery_control(p)
-        elif correction is not None:
-            raise ValueError(f"correction is {correction!r}: choose None, 'bonferroni' or 'bh'")
-        order = self._best_first()
-        return order[p[order] < alpha]
+        order, tests = self._best_first(), len(p) if correction == "bonferroni" else 1
+        return order[p[order] * tests < alpha]
 
     def to_frame(self, tokenizer: Any = None, counts: Any = None, top: int | None = None) -> pd.DataFrame:
         """Put the scan into a table of pandas.
@@ -583,13 +536,19 @@ class Scan:
         DataFrame
             Best row first: `token`, `id`, `statistic`, `pvalue`, `count`, as far as they are known.
         """
-        return _frame(self, self._best_first()[:top], tokenizer, counts)
+        import pandas as pd
 
-    def __repr__(self) -> str:
-        return _shown(self, "string")
+        ids = self._best_first()[:top]
+        frame = pd.DataFrame({"id": ids, "statistic": self.statistic[ids]})
+        if tokenizer is not None:
+            from kslottery.data import token_text
 
-    def _repr_html_(self) -> str:
-        return _shown(self, "html")
+            frame.insert(0, "token", token_text(tokenizer, ids.tolist()))
+        known = {"pvalue": self.pvalue, "count": counts}
+        return frame.assign(**{name: np.asarray(x)[ids] for name, x in known.items() if x is not None})
+
+    __repr__ = partialmethod(_shown, "string")
+    _repr_html_ = partialmethod(_shown, "html")
 
 # %% ../nbs/02_ks.ipynb #27d5823e
 def ks_scan(
@@ -639,12 +598,10 @@ def ks_scan(
     ----------
     Yuan et al. 2025, section 3.
     """
-    d, need = int(before.shape[1]) if len(before.shape) == 2 else 1, 0
-    if decide is not None:
-        critical = critical_value(decide, d)
-        need = d + 1 if critical == math.inf else int(np.rint(critical * d))
+    d = int(before.shape[1]) if len(before.shape) == 2 else 1
+    need = 0 if decide is None else int(np.rint(min(critical_value(decide, d) * d, d + 1)))
     k = _statistic(before, after, need, engine, round, progress, device)
-    statistic, pvalue = (np.where(k >= need, x, np.nan) for x in (k / d, _pvalues(k, d)))
+    statistic, pvalue = (np.where(k >= need, x, np.nan) for x in (k / d, _tails(k, d)))
     return Scan(statistic, pvalue, d, "ks", decide)
 
 # %% ../nbs/02_ks.ipynb #d28c3b75
@@ -659,19 +616,8 @@ _ROW_STATISTICS: dict[str, Callable] = {
 CRITERIA = ("ks", *_ROW_STATISTICS, "sign", "lota", "frequency")
 
 
-def _check_criterion(criterion, counts, lota_share, V):
-    """Refuse, before anything is read, a criterion that cannot be computed."""
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion is {criterion!r}: choose {', '.join(CRITERIA)}")
-    given = 0 if counts is None else len(counts)
-    if given != V and (counts is not None or criterion == "frequency"):
-        raise ValueError(f"frequency needs counts, one for each of the {V:,} rows, not {given:,}")
-    if not 0 < lota_share < 1:
-        raise ValueError(f"lota_share is {lota_share}: it must lie strictly between 0 and 1, for example 0.1")
-
-
 def _sign_scan(before, after, options):
-    """The scan by the sign test, whose p-value is the exact two-sided binomial one of rises against falls."""
+    # The p-value is the exact two-sided binomial one of rises against falls.
     from scipy.stats import binom
 
     d = int(before.shape[1])
@@ -682,14 +628,13 @@ def _sign_scan(before, after, options):
 
 
 def _quantile_of_shift(before, after, share, options):
-    """The magnitude below which a share of all entries of |after - before| lies, to 2e-4 of itself, by counting."""
+    # The magnitude below which a share of all entries of |after - before| lies, to 2e-4 of itself, by counting.
     counts, lock = np.zeros(2**20, np.int64), threading.Lock()
 
     def tally(a, b):
         codes = np.abs(b - a).astype(np.float32).view(np.uint32) >> 11  # positive floats are ordered like their bits
-        here = np.bincount(codes.ravel(), minlength=len(counts))
         with lock:
-            counts[:] += here
+            counts[:] += np.bincount(codes.ravel(), minlength=len(counts))
         return np.zeros(len(a))
 
     map_rows(tally, before, after, **options)
@@ -743,14 +688,18 @@ def scan_rows(
     Yuan et al. 2025 for "ks" and "frequency"; Panda et al. 2024 (LoTA) for "lota", here read by rows. The others are
     distances and a sign test as in any textbook.
     """
-    _check_criterion(criterion, counts, lota_share, before.shape[0])
-    d = int(before.shape[1])
+    one_of("criterion", criterion, CRITERIA)
+    V, d, given = before.shape[0], int(before.shape[1]), 0 if counts is None else len(counts)
+    must(
+        given == V or (counts is None and criterion != "frequency"),
+        f"frequency needs counts, one for each of the {V:,} rows, not {given:,}",
+    )
+    must(0 < lota_share < 1, f"lota_share is {lota_share}: it must lie strictly between 0 and 1, for example 0.1")
     if criterion == "ks":
         return ks_scan(before, after, round=round, device=device, progress=progress)
     if criterion == "frequency":
         return Scan(np.asarray(counts, dtype=np.float64), None, d, criterion)
-    label = f"{criterion} scan" if progress is True else progress
-    options: dict[str, Any] = {"round": round, "progress": label}
+    options: dict[str, Any] = {"round": round, "progress": f"{criterion} scan" if progress is True else progress}
     if criterion == "sign":
         return _sign_scan(before, after, options)
     if criterion == "lota":

@@ -8,24 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .core import must
 from .data import Pair, Prompt, encode_all
 from .ks import ks_scan
-from .rows import TunedRows
 from .ticket import Provenance, Selection, Ticket
 from .tuning import Recipe, embed_tune, partial_tune
 
 # %% auto #0
 __all__ = ['find_ticket']
-
-# %% ../nbs/13_lottery.ipynb #5d0f78ce
-def _check(model: Any, pairs: list[Pair], top_k: int, recipe: Recipe) -> None:
-    "Raise ValueError, before work starts, for what the model and the data cannot give."
-    if not pairs:
-        raise ValueError("there are no pairs: give at least one sentence and its translation to tune on")
-    own = TunedRows.of(model, [], recipe.mode)
-    own.fits(model)
-    if top_k > (size := own.matrix(model).shape[0]):
-        raise ValueError(f"top_k is {top_k} and the embedding has {size} rows: take at most that many")
 
 # %% ../nbs/13_lottery.ipynb #2cd31408
 def find_ticket(
@@ -78,7 +68,9 @@ def find_ticket(
     Yuan et al. 2025, section 3.
     """
     recipe, selection = recipe or Recipe(), Selection(alpha=alpha, top_k=top_k)
-    _check(model, pairs, top_k, recipe)
+    must(pairs, "there are no pairs: give at least one sentence and its translation to tune on")
+    size = len(partial_tune(model, [], [], recipe).matrix(model))  # no rows: which asks whether the mode fits the model
+    must(top_k <= size, f"top_k is {top_k} and the embedding has {size} rows: take at most that many")
     examples = encode_all(tokenizer, prompt, pairs)
     embed_state, partial_state = (
         checkpoint and Path(checkpoint) / f"{step}.safetensors" for step in ("embed", "partial")
@@ -91,9 +83,7 @@ def find_ticket(
 
     ids = selection.ids(scan)  # 3. the ticket
 
-    rows = partial_tune(
-        model, ids, examples, recipe, checkpoint=partial_state
-    )  # 4. Partial Tuning, from the base again
+    rows = partial_tune(model, ids, examples, recipe, checkpoint=partial_state)  # 4. Partial Tuning, from the base
 
     provenance = Provenance.of(  # 5. the artefact
         model, tokenizer, ids, selection=selection, prompt=prompt, recipe=recipe, pairs=pairs, examples=examples

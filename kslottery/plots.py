@@ -5,6 +5,7 @@
 # %% ../nbs/03_plots.ipynb #d275c7a3
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,16 @@ CONTENT, STOPPING = "C0", "C1"  # two parts of a gain
 
 # %% ../nbs/03_plots.ipynb #1b60b941
 def _axes(ax, width, height):
-    """The axes that were given, or those of a new figure of this size in inches."""
+    # The axes that were given, or those of a new figure of this size in inches.
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
 
 
 def _legend_below(ax, drop=4.5):
-    """A legend below the axes; drop: how far, in heights of its letters, whatever the size of the figure."""
+    # `drop` is how far, in heights of its letters, whatever the size of the figure.
     ax.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=drop)
+    return ax
 
 
 def _no_mathematics(text):
@@ -45,9 +47,13 @@ def _no_mathematics(text):
 def _statistic_name(scan):
     return "KS statistic D" if scan.criterion == "ks" else scan.criterion
 
+
+def _in_rows(size):
+    return f"{size} row{'s' * (size != 1)}"
+
 # %% ../nbs/03_plots.ipynb #6bfd7ccb
 def _name_points(ax, points):
-    """Write (label, (x, y), colour) beside each point, the first first; a label without a free place is left out."""
+    # Writes (label, (x, y), colour) beside each point, the first first; a label without a free place is left out.
     ax.figure.draw_without_rendering()  # a layout moves the axes, and with them what is free
     taken: list = []
     for label, point, colour in points:
@@ -61,6 +67,7 @@ def _name_points(ax, points):
                 break
         else:
             name.remove()
+    return ax
 
 
 def plot_scan(
@@ -108,20 +115,25 @@ def plot_scan(
     counts, V = np.asarray(counts), len(scan.statistic)
     ids = scan.top(top_k) if top_k else scan.select(alpha, correction)
     ax, won, seen = _axes(ax, 7.5, 4.2), np.isin(np.arange(V), ids), counts > 0
-    label = f"ticket: {'the best ' if top_k else ''}{len(ids)} row{'s' * (len(ids) != 1)}"
+    label = f"ticket: {'the best ' if top_k else ''}{_in_rows(len(ids))}"
     for mask, colour, text in ((seen & ~won, REST, "not selected"), (seen & won, TICKET, label)):
         ax.plot(counts[mask], scan.statistic[mask], "o", ms=4, color=colour, label=text)
     if scan.criterion == "ks":
-        critical = critical_value(alpha, scan.d)
-        ax.axhline(critical, color=WHOLE, lw=1, ls="--", label=f"critical value, alpha = {alpha:g}")
-    ax.set(xscale="log", xlabel="occurrences in the tuning data", ylabel=_statistic_name(scan))
-    ax.margins(x=0.1, y=0.08)
+        ax.axhline(
+            critical_value(alpha, scan.d), color=WHOLE, lw=1, ls="--", label=f"critical value, alpha = {alpha:g}"
+        )
+    ax.set(
+        xscale="log",
+        xmargin=0.1,
+        ymargin=0.08,
+        xlabel="occurrences in the tuning data",
+        ylabel=_statistic_name(scan),
+    )
     _legend_below(ax)
     known = tokens if isinstance(tokens, dict) else dict(enumerate(tokens))
     best = [int(i) for i in scan.to_frame(top=names)["id"] if seen[i]]
     points = [(known.get(i, str(i)), (counts[i], scan.statistic[i]), TICKET if won[i] else "0.3") for i in best]
-    _name_points(ax, points)
-    return ax
+    return _name_points(ax, points)
 
 # %% ../nbs/03_plots.ipynb #4814238e
 def plot_rank(scan: Scan, size: int, ax: Axes | None = None) -> Axes:
@@ -144,10 +156,9 @@ def plot_rank(scan: Scan, size: int, ax: Axes | None = None) -> Axes:
     values = np.sort(np.nan_to_num(scan.statistic))[::-1]
     rank = np.arange(1, len(values) + 1)
     ax.plot(rank[size:], values[size:], ".", ms=4, color=REST, label="not selected")
-    ax.plot(rank[:size], values[:size], "o", ms=4, color=TICKET, label=f"ticket: {size} row{'s' * (size != 1)}")
+    ax.plot(rank[:size], values[:size], "o", ms=4, color=TICKET, label=f"ticket: {_in_rows(size)}")
     ax.set(xscale="log", xlabel="rank", ylabel=_statistic_name(scan))
-    _legend_below(ax)
-    return ax
+    return _legend_below(ax)
 
 
 def plot_pvalues(scan: Scan, ax: Axes | None = None) -> Axes:
@@ -178,7 +189,7 @@ def plot_pvalues(scan: Scan, ax: Axes | None = None) -> Axes:
 
 # %% ../nbs/03_plots.ipynb #01b0e3d6
 def _place(name):
-    """The layer (or "-") and the kind of a parameter by its name."""
+    # The layer (or "-") and the kind of a parameter.
     found = re.search(r"\.(\d+)\.(.+?)(\.weight)?$", name)
     return (int(found[1]), found[2]) if found else ("-", re.sub(r"^(model|transformer)\.|\.weight$", "", name))
 
@@ -203,13 +214,11 @@ def plot_layers(scans: Sequence[Any], ax: Axes | None = None) -> Axes:
     share = np.array([[places.get((layer, kind), np.nan) for kind in kinds] for layer in layers])
     ax = _axes(ax, 0.55 * len(kinds) + 2.5, 0.35 * len(layers) + 2)
     image = ax.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    for (y, x), value in np.ndenumerate(share):
-        if value > 0:
-            colour = "white" if value < 0.6 else "black"
-            ax.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    for y, x in np.argwhere(share > 0):
+        colour = "white" if share[y, x] < 0.6 else "black"
+        ax.text(x, y, f"{share[y, x]:.0%}", ha="center", va="center", fontsize=7, color=colour)
     ax.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
-    ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-    ax.set_ylabel("layer")
+    ax.set(ylabel="layer", yticks=range(len(layers)), yticklabels=map(str, layers))
     ax.figure.colorbar(image, ax=ax, label="share of rows that moved")
     return ax
 
@@ -231,17 +240,16 @@ def plot_systems(systems: dict[str, Any], metric: str = "bleu", ax: Axes | None 
     Axes
     """
     ax, y = _axes(ax, 7.5, 0.42 * len(systems) + 0.9), np.arange(len(systems))[::-1]
-    readings = ((0.19, "whole", WHOLE, "whole continuation"), (-0.19, "first_line", FIRST_LINE, "first line"))
-    for shift, rule, colour, label in readings:
-        values = [s[rule][metric] for s in systems.values()]
-        bars = ax.barh(y + shift, values, height=0.36, color=colour, label=label)
+    for shift, rule, colour, label in (
+        (0.19, "whole", WHOLE, "whole continuation"),
+        (-0.19, "first_line", FIRST_LINE, "first line"),
+    ):
+        bars = ax.barh(y + shift, [s[rule][metric] for s in systems.values()], 0.36, color=colour, label=label)
         ax.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
     ax.set_yticks(y, [_no_mathematics(n.replace("_", " ")) for n in systems])
-    ax.set(xlabel={"bleu": "BLEU", "chrf": "chrF2"}.get(metric, metric))
-    ax.margins(x=0.08)
+    ax.set(xlabel={"bleu": "BLEU", "chrf": "chrF2"}.get(metric, metric), xmargin=0.08)
     ax.spines[["top", "right"]].set_visible(False)
-    _legend_below(ax)
-    return ax
+    return _legend_below(ax)
 
 # %% ../nbs/03_plots.ipynb #c1cd1cdd
 def plot_path(certificate: Any, ax: Axes | None = None) -> Axes:
@@ -266,21 +274,22 @@ def plot_path(certificate: Any, ax: Axes | None = None) -> Axes:
     epsilon, size = certificate.facts["epsilon"], certificate.size
     ax.axhline(epsilon, color=TICKET, lw=1, ls="--", label=f"tolerance {epsilon:g}")
     if size is not None:
-        label = f"certified: {size} row{'s' * (size != 1)}"
+        label = f"certified: {_in_rows(size)}"
         ax.plot(size, bounds[sizes.index(size)], "o", ms=12, mfc="none", mec="C2", mew=2, label=label)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks(sizes, [str(k) for k in sizes], rotation=60, fontsize=7)
     ax.minorticks_off()
     ax.set(xlabel="rows in the ticket", ylabel="loss")
-    _legend_below(ax, drop=6)
-    return ax
+    return _legend_below(ax, drop=6)
 
 # %% ../nbs/03_plots.ipynb #7264652d
 def _stack_gain(ax, y, gain, named):
-    """Stopping and content of one gain end to end, each with its interval; a part below 0 goes to the left."""
+    # Stopping and content of one gain end to end, each with its interval; a part below 0 goes to the left.
     ends = {1: 0.0, -1: 0.0}
-    parts = ((-0.12, "stopping", gain.stopping, STOPPING), (0.12, "content", gain.content, CONTENT))
-    for shift, label, part, colour in parts:
+    for shift, label, part, colour in (
+        (-0.12, "stopping", gain.stopping, STOPPING),
+        (0.12, "content", gain.content, CONTENT),
+    ):
         side = 1 if part.value >= 0 else -1
         start = ends[side]
         ax.barh(y, part.value, left=start, height=0.6, color=colour, label=label if named else None)
@@ -310,17 +319,17 @@ def plot_decomposition(gains: dict[str, Any], ax: Axes | None = None) -> Axes:
     for y, gain in enumerate(gains.values()):
         _stack_gain(ax, y, gain, named=not y)
     ax.axvline(0, color="0.5", lw=0.8)
-    name = next(iter(gains.values())).metric
-    ax.set(xlabel=f"gain over the base, {name.upper() if name == 'bleu' else name}, whole continuation")
+    ax.set(
+        xlabel=f"gain over the base, {'BLEU' if gain.metric == 'bleu' else gain.metric}, whole continuation",
+        xmargin=0.3,
+    )
     ax.set_yticks(range(len(gains)), [_no_mathematics(k) for k in gains])
     ax.invert_yaxis()
-    ax.margins(x=0.3)
-    _legend_below(ax)
-    return ax
+    return _legend_below(ax)
 
 # %% ../nbs/03_plots.ipynb #00d3c89e
 def _mark_recovery(ax, y, recovery, edges):
-    """One recovery and its interval, clipped to the edges; an arrow and the number say what lies beyond."""
+    # One recovery and its interval, clipped to the edges; an arrow and the number say what lies beyond.
     at, low, high = np.clip([recovery.value, recovery.low, recovery.high], *edges)
     ax.plot([low, high], [y, y], color=TICKET, lw=1.5)
     below, beyond = recovery.value < at, recovery.value != at
@@ -346,10 +355,9 @@ def plot_audit(audit: Any, ax: Axes | None = None) -> Axes:
     """
     known = {name: r for name, r in audit.recoveries.items() if r is not None and r.value is not None}
     shown = [a for a in audit.arms if a.key in known]
-    ax, edges, names = _axes(ax, 7.5, 0.27 * len(shown) + 1.3), (-0.25, 1.5), []
+    ax, edges = _axes(ax, 7.5, 0.27 * len(shown) + 1.3), (-0.25, 1.5)
     share = audit.decomposition.share.value
     for y, arm in enumerate(shown):
-        names.append(_no_mathematics(arm.label) + " (of Embed Tuning's gain)" * (arm.against == "embed_tuning"))
         if arm.name == "ticket" and share is not None:
             stopping = np.clip(share, 0, 1)
             ax.barh(y, 1 - stopping, color=CONTENT, label="content", height=0.6)
@@ -358,13 +366,17 @@ def plot_audit(audit: Any, ax: Axes | None = None) -> Axes:
             _mark_recovery(ax, y, known[arm.key], edges)
     for x in (0, 1):
         ax.axvline(x, color="0.7", lw=0.8)
+    names = [
+        _no_mathematics(arm.label) + " (of Embed Tuning's gain)" * (arm.against == "embed_tuning") for arm in shown
+    ]
     ax.set_yticks(range(len(shown)), names, fontsize=8)
-    ax.set(xlim=edges, ylim=(max(len(shown), 1) - 0.5, -0.5))
-    ax.set_xlabel("recovery: share of the gain in BLEU, whole continuation (95% interval)")
+    ax.set(
+        xlim=edges,
+        ylim=(max(len(shown), 1) - 0.5, -0.5),
+        xlabel="recovery: share of the gain in BLEU, whole continuation (95% interval)",
+    )
     ax.spines[["top", "right"]].set_visible(False)
-    if share is not None:
-        _legend_below(ax)
-    return ax
+    return ax if share is None else _legend_below(ax)
 
 # %% ../nbs/03_plots.ipynb #ce7e39a1
 def png(plot: Callable[..., Axes], *args: Any) -> bytes:
@@ -382,8 +394,6 @@ def png(plot: Callable[..., Axes], *args: Any) -> bytes:
     bytes
         The file. The figure is closed.
     """
-    import io
-
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()

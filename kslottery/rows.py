@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import fingerprint
+from .core import fingerprint, must
 from .data import Role
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def _scale(embedding):
     return scale.to(embedding.weight.dtype) if isinstance(scale, torch.Tensor) else scale
 
 
+@torch.no_grad()
 def input_embedding(model: PreTrainedModel) -> torch.nn.Module:
     """The input embedding module of a causal language model.
 
@@ -69,18 +71,19 @@ def input_embedding(model: PreTrainedModel) -> torch.nn.Module:
     ValueError
         If the model is an encoder-decoder, or its embedding is more than a (scaled) look-up.
     """
-    name, embedding = type(model).__name__, model.get_input_embeddings()
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder: its embedding serves two stacks; use a causal LM")
+    embedding = model.get_input_embeddings()
+    must(
+        not getattr(model.config, "is_encoder_decoder", False),
+        f"{type(model).__name__} is an encoder-decoder: its embedding serves two stacks; use a causal LM",
+    )
     weight, bare = whole_weight(embedding), torch.nn.Module()
     bare.embedding, bare.forward = embedding, embedding.forward  # without the hooks
     probe = torch.arange(min(4, len(weight)), device=weight.device)
-    with torch.no_grad():
-        own = torch.func.functional_call(bare, {"embedding.weight": weight}, (probe,))
-        if not torch.equal(own, F.embedding(probe, weight) * _scale(embedding)):
-            raise ValueError(
-                f"{type(embedding).__name__} does more than look up a row: tuned rows cannot stand in for it"
-            )
+    own = torch.func.functional_call(bare, {"embedding.weight": weight}, (probe,))
+    must(
+        torch.equal(own, F.embedding(probe, weight) * _scale(embedding)),
+        f"{type(embedding).__name__} does more than look up a row: tuned rows cannot stand in for it",
+    )
     return embedding
 
 
@@ -121,64 +124,56 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 # %% ../nbs/04_rows.ipynb #0bb4edd5
 def _for_each(chosen, sequences):
-    "What was chosen for each request, (B,) or (B, T), for each sequence of a pass: beam search repeats the requests."
-    if sequences % len(chosen):
-        raise ValueError(
-            f"{sequences} sequences for a batch of {len(chosen)}: pass the roles of this batch, and its choice of rows"
-        )
+    # What was chosen for each request, (B,) or (B, T), for each sequence of a pass: beam search repeats the requests.
+    must(
+        sequences % len(chosen) == 0,
+        f"{sequences} sequences for a batch of {len(chosen)}: pass the roles of this batch, and its choice of rows",
+    )
     return chosen.repeat_interleave(sequences // len(chosen), dim=0)
 
 
 def _readable(roles, read_by, shape):
-    "Which positions of a pass may read tuned rows: (B, T) bool. `roles` covers the prompt; the rest was generated."
+    # Which positions of a pass may read tuned rows: (B, T) bool. `roles` covers the prompt; the rest was generated.
     rows, length = shape
-    if length < roles.shape[1]:
-        if length != 1:
-            raise ValueError(
-                f"a pass over {length} positions of a prompt of {roles.shape[1]} has no roles: "
-                "gate whole prompts, or cached single steps"
-            )
+    if length == 1 and roles.shape[1] > 1:
         return torch.full(shape, Role.TARGET in read_by, device=roles.device)
+    must(
+        length >= roles.shape[1],
+        f"a pass over {length} positions of a prompt of {roles.shape[1]} has no roles: "
+        "gate whole prompts, or cached single steps",
+    )
     roles = F.pad(_for_each(roles, rows), (0, length - roles.shape[1]), value=int(Role.TARGET))
     return torch.isin(roles, torch.tensor([int(r) for r in read_by], device=roles.device))
 
 # %% ../nbs/04_rows.ipynb #84677b4c
-def _reader(keys, source, size, choice, roles, read_by):
-    "The hook on the input embedding: exchanges the rows whose keys are asked for."
-
-    def read(module, args, kwargs, output):
-        ids = wanted = (args[0] if args else kwargs["input"]).long()
-        if choice is not None:
-            wanted = ids + size * _for_each(choice, len(ids))[:, None]
-        if roles is not None:
-            wanted = torch.where(_readable(roles, read_by, ids.shape), wanted, -1)
-        place = torch.searchsorted(keys, wanted.contiguous()).clamp(max=len(keys) - 1)
-        new = F.embedding(place, source).to(module.weight.dtype) * _scale(module)
-        return torch.where((keys[place] == wanted).unsqueeze(-1), new.to(output.dtype), output)
-
-    return read
+def _exchange(keys, source, size, choice, roles, read_by, module, args, kwargs, output):
+    # The hook on the input embedding: exchanges the rows whose keys are asked for.
+    ids = wanted = (args[0] if args else kwargs["input"]).long()
+    if choice is not None:
+        wanted = ids + size * _for_each(choice, len(ids))[:, None]
+    if roles is not None:
+        wanted = torch.where(_readable(roles, read_by, ids.shape), wanted, -1)
+    place = torch.searchsorted(keys, wanted.contiguous()).clamp(max=len(keys) - 1)
+    new = F.embedding(place, source).to(module.weight.dtype) * _scale(module)
+    return torch.where((keys[place] == wanted).unsqueeze(-1), new.to(output.dtype), output)
 
 
 def _logits(rows, head, hidden, output):
-    "The logits (..., V) of the output embedding `head` on `hidden` (..., d), those of the tuned ids by the tuned rows."
+    # The logits (..., V) of the output embedding `head` on `hidden` (..., d), those of the tuned ids by the tuned rows.
     ids, weight = rows.ids.to(output.device), rows.weight.to(head.weight)
     bias = None if getattr(head, "bias", None) is None else head.bias[ids]
     return output.index_copy(-1, ids, F.linear(hidden, weight, bias).to(output.dtype))
 
 
-def _scorer(rows_list, choice):
-    "The hook on the output embedding: scores the ids of shared rows again."
-
-    def score(module, args, output):
-        if choice is None:
-            return _logits(rows_list[0], module, args[0], output)
-        for n, rows in enumerate(rows_list):
-            who = (_for_each(choice, len(output)) == n).nonzero().flatten().to(output.device)
-            if rows.mode == "shared" and len(who):
-                output[who] = _logits(rows, module, args[0][who], output[who])
-        return output
-
-    return score
+def _score_again(rows_list, choice, module, args, output):
+    # The hook on the output embedding: scores the ids of shared rows again.
+    if choice is None:
+        return _logits(rows_list[0], module, args[0], output)
+    for n, rows in enumerate(rows_list):
+        who = (_for_each(choice, len(output)) == n).nonzero().flatten().to(output.device)
+        if rows.mode == "shared" and len(who):
+            output[who] = _logits(rows, module, args[0][who], output[who])
+    return output
 
 # %% ../nbs/04_rows.ipynb #bfd68e66
 MODES = ("input_only", "shared")
@@ -225,15 +220,17 @@ def read_rows(
         If rows do not fit the model, a gate is put on shared rows, or a block around this one exchanges one of these
         ids already.
     """
-    if (roles is None) != (read_by is None):
-        raise ValueError("gating needs both roles (of the batch) and read_by (the roles that may read)")
+    must(
+        (roles is None) == (read_by is None),
+        "gating needs both roles (of the batch) and read_by (the roles that may read)",
+    )
     for rows in rows_list:
         rows.fits(model)
-        if rows.mode == "shared" and roles is not None:
-            raise ValueError(
-                "a gate says which positions may read a row; shared rows also score tokens, at every position: "
-                "gate input_only rows"
-            )
+        must(
+            rows.mode == "input_only" or roles is None,
+            "a gate says which positions may read a row; shared rows also score tokens, at every position: "
+            "gate input_only rows",
+        )
     embedding, head = input_embedding(model), model.get_output_embeddings()
     size, device = embedding.weight.shape[0], embedding.weight.device
     choice, roles = (None if x is None else torch.as_tensor(x, device=device) for x in (choice, roles))
@@ -248,12 +245,12 @@ def read_rows(
                         f"token id {int(both[0]) % size} reads another tuned row already: one would overwrite the "
                         "other; unite the two first (TunedRows.union)"
                     )
-            hook = _reader(keys, source, size, choice, roles, read_by)
+            hook = partial(_exchange, keys, source, size, choice, roles, read_by)
             block.enter_context(embedding.register_forward_hook(hook, with_kwargs=True))
             _READING[embedding][hook] = keys % size
             block.callback(_READING[embedding].pop, hook)
         if any(rows.mode == "shared" and len(rows) for rows in rows_list):
-            block.enter_context(head.register_forward_hook(_scorer(rows_list, choice)))
+            block.enter_context(head.register_forward_hook(partial(_score_again, rows_list, choice)))
         yield model
 
 # %% ../nbs/04_rows.ipynb #ac0146e3
@@ -293,87 +290,68 @@ class EmbeddingView:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> torch.Tensor:
-        "Some rows, by a slice or an array of token ids: (n, d) fp32, a copy."
+        # By a slice or an array of token ids: (n, d) fp32, a copy.
         which = rows if isinstance(rows, slice) else torch.as_tensor(np.arange(len(self))[rows], device=self.device)
         part, place = self.base.detach()[which].to(torch.float32, copy=True), self._place[which]
         tuned = torch.nonzero(place >= 0).ravel()
-        part[tuned] = self._new[place[tuned]]
-        return part
+        return part.index_put_((tuned,), self._new[place[tuned]])
 
 # %% ../nbs/04_rows.ipynb #5fbad8d2
-def _checked(ids, weight, mode):
-    "Ids and rows as tensors, sorted by id; raises ValueError for what cannot be tuned rows."
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}: choose {' or '.join(MODES)}")
-    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64)).reshape(-1)
-    weight, distinct = torch.as_tensor(weight).detach().to(torch.float32), len(ids.unique())
-    if weight.ndim != 2 or len(ids) != len(weight) or distinct != len(ids) or (ids < 0).any():
-        raise ValueError(
-            f"{len(ids)} ids ({distinct} distinct) for rows of shape {tuple(weight.shape)}: "
-            "give each of k distinct ids one row of d numbers"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            "a tuned row holds NaN or infinity: that training diverged; lower its learning rate and tune again"
-        )
-    order = ids.argsort()
-    return ids[order], weight[order.to(weight.device)].clone()
+def _token_ids(ids):
+    return torch.as_tensor(np.asarray(ids, dtype=np.int64)).reshape(-1)
 
 
-def _fits(rows, model):
+def _same_mode(a, b):
+    must(a.mode == b.mode, f"one side is {a.mode}, the other {b.mode}: two different models, which cannot be one")
+
+
+def _check_rows(ids, weight, mode):
+    must(mode in MODES, f"mode is {mode!r}: choose {' or '.join(MODES)}")
+    distinct = len(ids.unique())
+    must(
+        weight.ndim == 2 and len(weight) == len(ids) == distinct and (ids >= 0).all(),
+        f"{len(ids)} ids ({distinct} distinct) for rows of shape {tuple(weight.shape)}: "
+        "give each of k distinct ids one row of d numbers",
+    )
+    must(
+        torch.isfinite(weight).all(),
+        "a tuned row holds NaN or infinity: that training diverged; lower its learning rate and tune again",
+    )
+
+
+def _check_fit(rows, model):
     (size, d), width = model.get_input_embeddings().weight.shape, rows.weight.shape[1]
     last = int(rows.ids[-1]) if len(rows) else 0
-    if width != d or last >= size:
-        raise ValueError(
-            f"rows of {width} numbers for ids up to {last} do not fit an embedding of {size} x {d}: "
-            "were they tuned on another model?"
-        )
-    if rows.mode == "shared" and not is_tied(model):
-        raise ValueError(
-            f"the rows are shared by input and output, but this {type(model).__name__} does not tie the two: "
-            "use mode input_only"
-        )
-
-
-def _own(model, ids):
-    "The model's own rows of some ids: (k, d)."
-    weight, ids = whole_weight(input_embedding(model)), torch.as_tensor(np.asarray(ids, dtype=np.int64))
-    if len(wrong := ids[(ids < 0) | (ids >= len(weight))]):
-        raise ValueError(f"token id {int(wrong[0])} is outside the embedding of {len(weight)} rows")
-    return weight.detach()[ids.to(weight.device)]
-
-
-def _over(rows, model, ids):
-    "The rows of some ids: the tuned ones where there are any, else the model's own: (k, d) fp32."
-    own = _own(model, ids).to(torch.float32)
-    own[torch.isin(ids, rows.ids).to(own.device)] = rows.weight.detach().to(own)
-    return own
+    must(
+        width == d and last < size,
+        f"rows of {width} numbers for ids up to {last} do not fit an embedding of {size} x {d}: "
+        "were they tuned on another model?",
+    )
+    must(
+        rows.mode == "input_only" or is_tied(model),
+        f"the rows are shared by input and output, but this {type(model).__name__} does not tie the two: "
+        "use mode input_only",
+    )
 
 
 def _chosen(rows, ids):
-    "Which of the rows belong to some ids: (k,) bool; raises ValueError for an id that has none."
-    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+    # Which of the rows belong to some ids: (k,) bool.
+    ids = _token_ids(ids)
     if len(missing := ids[~torch.isin(ids, rows.ids)]):
         raise ValueError(
-            f"there is no tuned row for token id {int(missing[0])}: restrict to some of the {len(rows)} that there are "
-            "(a scan's best rows, if fewer of them moved than were asked for, hold such ids)"
+            f"there is no tuned row for token id {int(missing[0])}: restrict to some of the {len(rows)} that there "
+            "are (a scan's best rows, if fewer of them moved than were asked for, hold such ids)"
         )
     return torch.isin(rows.ids, ids)
 
 
-def _same_mode(a, b):
-    if a.mode != b.mode:
-        raise ValueError(f"one side is {a.mode}, the other {b.mode}: two different models, which cannot be one")
-
-# %% ../nbs/04_rows.ipynb #e6230651
 def _write(rows, model):
     rows.fits(model)
     weight, head = input_embedding(model).weight, model.get_output_embeddings()
     if is_tied(model) and rows.mode == "input_only":
         head.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         model.config.tie_word_embeddings = False
-    with torch.no_grad():
-        weight[rows.ids.to(weight.device)] = rows.weight.to(weight)
+    weight.detach()[rows.ids.to(weight.device)] = rows.weight.detach().to(weight)
     return model
 
 
@@ -430,9 +408,10 @@ class TunedRows(torch.nn.Module):
 
     def __init__(self, ids: ArrayLike, weight: ArrayLike, mode: str = "input_only") -> None:
         super().__init__()
-        ids, weight = _checked(ids, weight, mode)
-        self.register_buffer("ids", ids)
-        self.weight = torch.nn.Parameter(weight)
+        (tokens, order), rows = _token_ids(ids).sort(), torch.as_tensor(weight).detach().to(torch.float32)
+        _check_rows(tokens, rows, mode)
+        self.register_buffer("ids", tokens)
+        self.weight = torch.nn.Parameter(rows[order.to(rows.device)].clone())
         self.mode = mode
 
     @classmethod
@@ -458,7 +437,10 @@ class TunedRows(torch.nn.Module):
         ValueError
             If an id is outside the embedding (which may have more rows than the tokenizer has tokens).
         """
-        return cls(ids, _own(model, ids), mode)
+        weight, tokens = whole_weight(input_embedding(model)).detach(), _token_ids(ids)
+        if len(wrong := tokens[(tokens < 0) | (tokens >= len(weight))]):
+            raise ValueError(f"token id {int(wrong[0])} is outside the embedding of {len(weight)} rows")
+        return cls(tokens, weight[tokens.to(weight.device)], mode)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -525,7 +507,7 @@ class TunedRows(torch.nn.Module):
         ValueError
             If its embedding has another width or lacks an id, or its output is not tied and the rows are shared.
         """
-        _fits(self, model)
+        _check_fit(self, model)
 
     def write(self, model: PreTrainedModel) -> PreTrainedModel:
         """Write the rows into the model's input embedding, rounded to its dtype.
@@ -631,7 +613,7 @@ class TunedRows(torch.nn.Module):
         """
         _same_mode(self, other)
         ids = torch.cat([self.ids, other.ids]).unique()
-        return TunedRows(ids, torch.lerp(_over(self, model, ids), _over(other, model, ids), weight), self.mode)
+        return TunedRows(ids, torch.lerp(self.matrix(model)[ids], other.matrix(model)[ids], weight), self.mode)
 
     def scale(self, model: PreTrainedModel, factor: float) -> TunedRows:
         """The shift from the plain base, times a factor.
@@ -662,7 +644,7 @@ class TunedRows(torch.nn.Module):
         torch.Tensor of shape (k, d)
             fp32, on the rows' device.
         """
-        return self.weight.detach() - _own(model, self.ids).to(self.weight.detach())
+        return self.weight.detach() - TunedRows.of(model, self.ids).weight.detach().to(self.weight.device)
 
     def noise(self, model: PreTrainedModel, seed: int = 0) -> TunedRows:
         """The control: the same ids, each moved as far (in L2 norm) but in a random direction.
@@ -680,5 +662,5 @@ class TunedRows(torch.nn.Module):
         """
         delta = self.delta(model)
         random = torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed)).to(delta)
-        random *= delta.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
-        return TunedRows(self.ids, self.weight.detach() - delta + random, self.mode)
+        length = delta.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
+        return TunedRows(self.ids, self.weight.detach() - delta + random * length, self.mode)

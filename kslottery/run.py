@@ -15,16 +15,15 @@ import shlex
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urljoin
 
 import kslottery
-from .core import write_text
+from .core import must, write_text
 
 # %% ../nbs/17_run.ipynb #56e93635
 _PACKAGE = Path(kslottery.__file__).resolve().parent
@@ -55,9 +54,11 @@ def find_notebook(name: str | Path, suffix: str = ".ipynb") -> Path:
     for candidate in (Path(name).expanduser(), _TUTORIALS / f"{name}{suffix}"):
         if candidate.is_file():
             return candidate
-    kind = "notebook" if suffix == ".ipynb" else "settings file"
-    known = ", ".join(sorted(path.stem for path in _TUTORIALS.glob(f"*{suffix}")))
-    raise FileNotFoundError(f"there is no {kind} {name}: give a path, or a name that comes with kslottery ({known})")
+    raise FileNotFoundError(
+        f"there is no {'notebook' if suffix == '.ipynb' else 'settings file'} {name}: "
+        "give a path, or a name that comes with kslottery "
+        f"({', '.join(sorted(path.stem for path in _TUTORIALS.glob('*' + suffix)))})"
+    )
 
 # %% ../nbs/17_run.ipynb #8f3a6e10
 def notebook_defaults(path: Path) -> dict[str, Any]:
@@ -84,11 +85,13 @@ def notebook_defaults(path: Path) -> dict[str, Any]:
         notebook = nbformat.read(path, as_version=4)
     except Exception as error:
         raise ValueError(f"{path} is not a notebook ({str(error).splitlines()[0][:100]})") from None
-    about = notebook.metadata
-    language = about.get("kernelspec", {}).get("language") or about.get("language_info", {}).get("name") or "python"
-    if language.lower() != "python":
-        raise ValueError(f"{path} is a notebook for {language}: only Python notebooks can be run here")
-    tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    language = (
+        notebook.metadata.get("kernelspec", {}).get("language")
+        or notebook.metadata.get("language_info", {}).get("name")
+        or "python"
+    )
+    must(language.lower() == "python", f"{path} is a notebook for {language}: only Python notebooks can be run here")
+    tagged = (cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     found = {}
     try:
         for node in ast.parse("\n".join(tagged)).body:
@@ -111,18 +114,15 @@ def _value(text):
 
 
 def _checked(name, value, default):
-    "A value of the type that the notebook's default has; a text is read as a number or truth value if one is needed."
-    if default is None:
-        return value
-    kind, read = type(default), value
-    if isinstance(value, str) and kind is not str:
-        read = _value(value)
+    # the value in the type of the default; a text is read as a number or truth value if one is needed
+    kind = type(default)
+    read = _value(value) if isinstance(value, str) and kind is not str else value
     if type(read) in (int, float) and (kind is float or kind is int and float(read).is_integer()):
         return kind(read)
-    if type(read) is not kind:
-        raise ValueError(
-            f"parameter {name} is {value!r}: it must be {_KINDS.get(kind, f'a {kind.__name__}, from a file (-f)')}"
-        )
+    must(
+        type(read) is kind,
+        f"parameter {name} is {value!r}: it must be {_KINDS.get(kind, f'a {kind.__name__}, from a file (-f)')}",
+    )
     return read
 
 # %% ../nbs/17_run.ipynb #5b0c77de
@@ -133,8 +133,10 @@ def _from_file(path):
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{path} holds no parameters: write lines such as 'seed: 7'")
+    must(
+        isinstance(found, dict) and all(isinstance(name, str) for name in found),
+        f"{path} holds no parameters: write lines such as 'seed: 7'",
+    )
     return found
 
 
@@ -164,26 +166,32 @@ def parse_parameters(given: list[str], defaults: dict[str, Any], file: Path | No
     found = _from_file(file) if file else {}
     for item in given:
         name, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(f"parameter {item!r} has no value: write -p {item}=VALUE")
+        must(equals, f"parameter {item!r} has no value: write -p {item}=VALUE")
         found[name] = _value(text) if defaults.get(name) is None else text
-    if strange := [name for name in found if name not in defaults]:
-        choices = ", ".join(defaults) or "nothing, as no cell of it has the tag 'parameters'"
-        raise ValueError(f"the notebook has no parameter {strange[0]!r}: choose {choices}")
-    return {name: _checked(name, value, defaults[name]) for name, value in found.items()}
+    for name in found:
+        must(
+            name in defaults,
+            f"the notebook has no parameter {name!r}: choose "
+            + (", ".join(defaults) or "nothing, as no cell of it has the tag 'parameters'"),
+        )
+    return {
+        name: value if defaults[name] is None else _checked(name, value, defaults[name])
+        for name, value in found.items()
+    }
 
 # %% ../nbs/17_run.ipynb #7d1f13be
-def _follow(side, done, out, every):
-    start, end = ("\r\x1b[2K    ", "") if out.isatty() else ("    ", "\n")
-    shown = float("-inf")
-    with side.open(encoding="utf-8") as stream:
-        while not done.wait(0.3):
-            bars = [b.strip() for b in stream.read().replace("\r", "\n").split("\n") if b.strip()]
-            if bars and (not end or time.monotonic() - shown > every):
-                print(f"{start}{bars[-1]}", end=end, file=out, flush=True)
-                shown = time.monotonic()
-    if not end:
-        print("\r\x1b[2K", end="", file=out, flush=True)
+_WIPE = "\r\x1b[2K"  # back to the beginning of a terminal's line, and empty it
+
+
+def _follow(stream, done, out, every):
+    wipe, end, rest = (_WIPE, "", 0.3) if out.isatty() else ("", "\n", every)
+    pause = 0.3
+    while not done.wait(pause):
+        bars = [b.strip() for b in stream.read().replace("\r", "\n").split("\n") if b.strip()]
+        if bars:
+            print(f"{wipe}    {bars[-1]}", end=end, file=out, flush=True)
+        pause = rest if bars else 0.3
+    print(wipe, end="", file=out, flush=True)
 
 
 @contextmanager
@@ -204,21 +212,17 @@ def follow_bars(out: TextIO, every: float = 5.0) -> Iterator[None]:
     None
         For as long as the block runs.
     """
-    if os.environ.get("KSLOTTERY_PROGRESS"):
+    with ExitStack() as afterwards:
+        if not os.environ.get("KSLOTTERY_PROGRESS"):
+            side = afterwards.enter_context(tempfile.NamedTemporaryFile("r", encoding="utf-8"))
+            done = threading.Event()
+            thread = threading.Thread(target=_follow, args=(side, done, out, every), daemon=True)
+            os.environ["KSLOTTERY_PROGRESS"] = side.name  # inherited by the kernel
+            thread.start()
+            afterwards.callback(thread.join)  # the last of these is done first
+            afterwards.callback(done.set)
+            afterwards.callback(os.environ.pop, "KSLOTTERY_PROGRESS")
         yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        side, done = Path(folder) / "progress", threading.Event()
-        side.touch()
-        thread = threading.Thread(target=_follow, args=(side, done, out, every), daemon=True)
-        os.environ["KSLOTTERY_PROGRESS"] = str(side)  # inherited by the kernel
-        thread.start()
-        try:
-            yield
-        finally:
-            os.environ.pop("KSLOTTERY_PROGRESS")
-            done.set()
-            thread.join()
 
 # %% ../nbs/17_run.ipynb #f9ace9ed
 class NotebookFailed(RuntimeError):
@@ -236,21 +240,22 @@ def _require(purpose, *packages):
 
 
 class _Sections:
-    "Says, as papermill starts one cell after the other, which section begins; `started` counts the code cells."
+    # says, as papermill starts one cell after the other, which section begins; `started` counts the code cells
 
     def __init__(self, total, out):
         self.total, self.out, self.started, self.heading = total, out, 0, ""
 
     def __call__(self, cell, cell_index):
-        if cell.cell_type == "markdown":
-            lines = [line.lstrip("# ") for line in cell.source.split("\n") if line.startswith("#")]
-            self.heading = next(iter(lines), self.heading)
-        elif cell.cell_type == "code":
-            self.started += 1
-            if self.heading:
-                start = "\r\x1b[2K" if self.out.isatty() else ""
-                print(f"{start}[{cell_index + 1}/{self.total}] {self.heading}", file=self.out, flush=True)
-                self.heading = ""
+        self.started += cell.cell_type == "code"
+        if cell.cell_type == "markdown" and (found := re.search("^#[# ]*(.*)", cell.source, re.MULTILINE)):
+            self.heading = found[1]
+        elif cell.cell_type == "code" and self.heading:
+            print(
+                f"{_WIPE if self.out.isatty() else ''}[{cell_index + 1}/{self.total}] {self.heading}",
+                file=self.out,
+                flush=True,
+            )
+            self.heading = ""
 
 # %% ../nbs/17_run.ipynb #2e9d41b7
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], out: TextIO | None = None) -> None:
@@ -280,8 +285,10 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], out: TextI
 
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it logs of a kernel that dies is said below
     out = out or sys.stderr
-    cells = papermill.iorw.load_notebook_node(str(notebook)).cells
-    sections = _Sections(len(cells) + bool(parameters), out)  # papermill adds a cell for the parameters
+    sections = _Sections(
+        len(papermill.iorw.load_notebook_node(str(notebook)).cells) + bool(parameters),  # which get a cell of their own
+        out,
+    )
     try:
         with follow_bars(out):
             papermill.execute_notebook(
@@ -308,70 +315,42 @@ SITE = "https://kslottery.github.io/kslottery/"
 
 
 def _site_links(text, folder):
-    "Relative links from a notebook in `folder` to other notebooks of the site, as addresses there."
+    # relative links from a notebook in `folder` to other notebooks of the site, as addresses there
     if folder != _TUTORIALS and not folder.is_relative_to(_NBS):
         return text
     here = "tutorials" if folder == _TUTORIALS else folder.relative_to(_NBS).as_posix()
 
     def address(found):
-        page = re.sub(r"\b\d+[a-z]?_", "", found[1])
-        return f"]({urljoin(f'{SITE}{here}/', page)}.html{found[2] or ''})"
+        return "](" + urljoin(f"{SITE}{here}/", re.sub(r"\b\d+[a-z]?_", "", found[1])) + f".html{found[2] or ''})"
 
     return re.sub(r"\]\(([^()\s:]+)\.ipynb(#[^()\s]*)?\)", address, text)
 
 # %% ../nbs/17_run.ipynb #d2b8e94c
 def _math(text, made):
-    "Put marks for the formulas of a Markdown text ($...$ and $$...$$ outside code), and their MathML into `made`."
+    # puts marks for the formulas of a Markdown text ($...$ and $$...$$ outside code), and their MathML into `made`
     from latex2mathml.converter import convert
 
     def mark(found):
-        if not (formula := found["block"] or found["inline"]):
-            return found[0]
         name = f"\ue000{len(made)}\ue001"
-        try:
-            made[name] = convert(formula, display="block" if found["block"] else "inline")
-        except (
-            Exception
-        ):  # its errors have no class in common; a reader is better off with the LaTeX than without a report
-            return found[0]
-        return name
+        if formula := found["block"] or found["inline"]:
+            with suppress(Exception):  # of no common class; a reader is better off with LaTeX than without a report
+                made[name] = convert(formula, display="block" if found["block"] else "inline")
+        return name if name in made else found[0]
 
-    inline = r"(?<![\\$])\$(?=\S)(?P<inline>[^$\n]+)(?<=\S)\$(?!\d)"
-    return re.sub(rf"```.*?```|`[^`\n]*`|\$\$(?P<block>[^$]+)\$\$|{inline}", mark, text, flags=re.DOTALL)
+    return re.sub(
+        r"```.*?```|`[^`\n]*`"  # code
+        r"|\$\$(?P<block>[^$]+)\$\$"
+        r"|(?<![\\$])\$(?=\S)(?P<inline>[^$\n]+)(?<=\S)\$(?!\d)",
+        mark,
+        text,
+        flags=re.DOTALL,
+    )
 
 # %% ../nbs/17_run.ipynb #b7713a0d
-def _for_the_page(notebook, source):
-    "Make links lead to the site and figures say what they show; put marks for formulas, and return these."
-    formulas: dict[str, str] = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = _math(_site_links(cell.source, source.parent), formulas)
-        shown = re.search(r"^#\| *fig-(?:alt|cap): *(.+)", cell.source, re.MULTILINE)
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                output.metadata.setdefault("image/png", {})["alt"] = shown[1].strip("\"' ") if shown else "figure"
-    return formulas
-
-
-def _origin(about):
-    "When a notebook was executed, for how long, and the command that does it again, as far as papermill wrote it down."
-    source = Path(about.get("input_path") or "NOTEBOOK")
-    words = ["kslottery", "run", source.stem if source.parent == _TUTORIALS else str(source)]
-    for name, value in about.get("parameters", {}).items():
-        words += ["-p", f"{name}={value}"]
-    when = datetime.fromisoformat(about["end_time"]) if about.get("end_time") else datetime.now().astimezone()
-    took = f", in {about['duration']:.0f} seconds" if about.get("duration") else ""
-    return {"made": f"{kslottery.__version__} on {when:%Y-%m-%d %H:%M %Z}{took}", "command": shlex.join(words)}
-
-
-def _highlight():
+def _colours(style):
     from pygments.formatters import HtmlFormatter
 
-    light, dark = (
-        re.sub(r" */\*.*?\*/", "", HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight"))
-        for style in ("default", "github-dark")
-    )
-    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
+    return re.sub(r" */\*.*?\*/", "", HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight"))
 
 # %% ../nbs/17_run.ipynb #0c5e1f88
 def write_report(notebook: Path, report: Path) -> None:
@@ -395,17 +374,36 @@ def write_report(notebook: Path, report: Path) -> None:
 
     executed = nbformat.read(notebook, as_version=4)
     about = executed.metadata.get("papermill", {})
-    source = Path(about.get("input_path") or "NOTEBOOK").resolve()
-    text = "\n".join(c.source for c in executed.cells if c.cell_type == "markdown")
-    title = re.search(r"^# (.+)", text, re.MULTILINE)
-    formulas = _for_the_page(executed, source)
-    facts = {"title": title[1] if title else notebook.stem, "site": SITE, "highlight": _highlight()}
-    exporter = HTMLExporter(
+    source = Path(about.get("input_path") or "NOTEBOOK")
+    title = re.search(
+        r"^# (.+)", "\n".join(c.source for c in executed.cells if c.cell_type == "markdown"), re.MULTILINE
+    )
+    formulas: dict[str, str] = {}
+    for cell in executed.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _math(_site_links(cell.source, source.resolve().parent), formulas)
+        shown = re.search(r"^#\| *fig-(?:alt|cap): *(.+)", cell.source, re.MULTILINE)
+        for output in (o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})):
+            output.metadata.setdefault("image/png", {})["alt"] = shown[1].strip("\"' ") if shown else "figure"
+    facts = {
+        "title": title[1] if title else notebook.stem,
+        "site": SITE,
+        "version": kslottery.__version__,
+        "when": datetime.fromisoformat(about["end_time"]) if about.get("end_time") else datetime.now().astimezone(),
+        "seconds": about.get("duration"),
+        "command": shlex.join(
+            [
+                *("kslottery", "run", source.stem if source.parent == _TUTORIALS else str(source)),
+                *(word for name, value in about.get("parameters", {}).items() for word in ("-p", f"{name}={value}")),
+            ]
+        ),
+        "colours": _colours,
+    }
+    html, _ = HTMLExporter(
         raw_template=(_PACKAGE / "report.html.j2").read_text(encoding="utf-8"),
         embed_images=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
         exclude_anchor_links=True,
-    )
-    html, _ = exporter.from_notebook_node(executed, {"report": facts | _origin(about)})
+    ).from_notebook_node(executed, {"report": facts})
     write_text(report, re.sub("\ue000\\d+\ue001", lambda mark: formulas.get(mark[0], mark[0]), html))

@@ -11,27 +11,27 @@ import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partialmethod
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
+import pandas as pd
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from .card import card
 from .certificate import Certificate
-from .core import fingerprint, load_model, source_of, whole_file, whole_folder, write_text
-from .data import Example, Prompt, Template, token_counts, token_text
+from .core import fingerprint, load_model, must, source_of, whole_file, whole_folder
+from .data import Example, Prompt, token_counts, token_text
 from .evaluation import Generation
 from .ks import CRITERIA, Scan, critical_value
 from .rows import TunedRows, input_embedding, is_tied, read_rows
 from .tuning import Recipe
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # %% auto #0
 __all__ = ['versions', 'tokenizer_fingerprint', 'model_fingerprints', 'Selection', 'Provenance', 'is_ticket', 'Ticket',
@@ -43,8 +43,10 @@ _SCHEMA, _HASH = 2, "[0-9a-f]{64}"
 
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries a result depends on."
-    names = ("kslottery", "torch", "transformers", "peft", "numpy", "scipy", "sacrebleu", "datasets")
-    return {"python": platform.python_version(), **{n: version(n) for n in names}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in "kslottery torch transformers peft numpy scipy sacrebleu datasets".split()},
+    }
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -63,8 +65,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         64 hexadecimal digits.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-    told = {name: value for name, value in state.items() if name not in ("padding", "truncation")}
-    return fingerprint(json.dumps(told, sort_keys=True))
+    return fingerprint(json.dumps({n: state[n] for n in state.keys() - {"padding", "truncation"}}, sort_keys=True))
 
 
 def model_fingerprints(model: Any, tokenizer: Any) -> dict[str, str]:
@@ -85,15 +86,11 @@ def model_fingerprints(model: Any, tokenizer: Any) -> dict[str, str]:
     return {"embedding": fingerprint(input_embedding(model).weight), "tokenizer": tokenizer_fingerprint(tokenizer)}
 
 
-def _hub_id(name: str) -> str | None:
-    "A model's name, if the Hub would take it for an id and there is no such path here."
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
+def _hub_id(name: str) -> str | None:  # if the Hub would take it for an id and there is no such path here
+    with contextlib.suppress(HFValidationError):
         validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return None if Path(name).expanduser().exists() else name
+        return None if Path(name).expanduser().exists() else name
+    return None
 
 
 def _modules(model: Any) -> list[str]:  # the input embedding and, if it is tied, the output
@@ -102,21 +99,20 @@ def _modules(model: Any) -> list[str]:  # the input embedding and, if it is tied
 
 # %% ../nbs/11_ticket.ipynb #b395c846
 def _demand(*claims: tuple[Any, str]) -> None:
-    "Raise ValueError with the sentence of the first claim that does not hold."
-    for holds, otherwise in claims:
-        if not holds:
-            raise ValueError(otherwise)
+    for claim in claims:
+        must(*claim)
 
 
-def _check_types(record: Any) -> None:
-    "Raise TypeError, in one sentence, for a field of a dataclass that is not what its annotation says."
+def _check_types(record: Any) -> None:  # against the annotations of a dataclass
     for name, hint in get_type_hints(type(record)).items():
-        choices = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        kinds, value = [get_origin(kind) or kind for kind in choices], getattr(record, name)
-        whole = [int] * (float in kinds)  # is a number, too
-        if not isinstance(value, (*kinds, *whole)) or isinstance(value, bool) and bool not in kinds:
-            wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
-            raise TypeError(f"{name} is {value!r:.60}: it must be {wanted}")
+        kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+        value, whole = getattr(record, name), [int] * (float in kinds)  # which is a number, too
+        wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+        must(
+            isinstance(value, (*kinds, *whole)) and (bool in kinds or not isinstance(value, bool)),
+            f"{name} is {value!r:.60}: it must be {wanted}",
+            TypeError,
+        )
 
 
 @dataclass(frozen=True)
@@ -142,11 +138,13 @@ class Selection:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        fits = 0 < self.alpha < 1 if self.alpha is not None else self.top_k
         _demand(
             (self.criterion in CRITERIA, f"criterion is {self.criterion!r}: choose {', '.join(CRITERIA)}"),
             (self.top_k >= 0, f"top_k is {self.top_k}: give how many rows to take, or 0 for those that pass alpha"),
-            (fits, f"alpha is {self.alpha}: it must lie strictly between 0 and 1, for example 0.05"),
+            (
+                0 < self.alpha < 1 if self.alpha is not None else self.top_k,
+                f"alpha is {self.alpha}: it must lie strictly between 0 and 1, for example 0.05",
+            ),
             (
                 self.correction in (None, "bonferroni", "bh"),
                 f"correction is {self.correction!r}: choose bonferroni or bh",
@@ -170,7 +168,6 @@ class Selection:
 
 # %% ../nbs/11_ticket.ipynb #fb04c53e
 _MADE_BY = {"prompt": Prompt.from_dict, "recipe": Recipe.from_dict, "generation": lambda record: Generation(**record)}
-_REQUIRED = ("model", "V", "d", "dtype", "fingerprints", "tokens")
 
 
 def _read(name: str, value: Any) -> Any:  # one fact out of JSON: a tuple of a list, an object of its dictionary
@@ -179,44 +176,63 @@ def _read(name: str, value: Any) -> Any:  # one fact out of JSON: a tuple of a l
     return tuple(made) if isinstance(made, list) else made
 
 
-def _check_facts(facts: Provenance) -> None:
-    _check_types(facts)
-    if facts.base_model == "":
-        object.__setattr__(facts, "base_model", _hub_id(facts.model))
-    prints, data = facts.fingerprints, {"data": str, "languages": str | None, "limit": int | None}
-    own = [re.fullmatch(_HASH, str(p)) for p in (prints.get("embedding"), prints.get("tokenizer") or "0" * 64)]
-    origins = [origin for origin in (facts.train, facts.test) if origin is not None]
-    _demand(
-        (all(own), f"fingerprints are {prints!r:.60}: they must hold the SHA-256 of the embedding"),
-        (min(facts.V, facts.d) > 0, f"the embedding is {facts.V} x {facts.d}: a ticket needs one of 1 x 1 or more"),
-        (all(isinstance(t, str | None) for t in facts.tokens), f"tokens are {facts.tokens!r:.60}: they must be text"),
-        (all(isinstance(n, int) for n in facts.counts or ()), f"counts are {facts.counts!r:.60}: they must be numbers"),
-        (
-            all(isinstance(origin.get(name), kind) for origin in origins for name, kind in data.items()),
-            f"train and test are {origins!r:.60}: they must name data, languages and limit",
-        ),
-    )
+@dataclass(frozen=True)
+class _Facts:
+    model: str
+    V: int
+    d: int
+    dtype: str
+    fingerprints: dict[str, str | None]
+    tokens: tuple[str | None, ...]
+    revision: str | None = None
+    base_model: str | None = ""
+    license: str | None = None
+    tied_embeddings: bool = False
+    embedding_module: str = ""
+    output_module: str | None = None
+    counts: tuple[int, ...] | None = None
+    selection: Selection | None = None
+    prompt: Prompt | None = None
+    recipe: Recipe | None = None
+    generation: Generation | None = None
+    train: dict[str, Any] | None = None
+    test: dict[str, Any] | None = None
+    tensor: str | None = None
+    tuned: str | None = None
+    changed: int | None = None
+    versions: dict[str, str] = field(default_factory=versions)
 
-
-def _facts_of(model: Any, tokenizer: Any, ids: Sequence[int], examples: list[Example] | None) -> dict[str, Any]:
-    (name, revision), modules, matrix = source_of(model), _modules(model), input_embedding(model).weight
-    return {
-        "model": name,
-        "revision": revision,
-        "V": matrix.shape[0],
-        "d": matrix.shape[1],
-        "dtype": str(matrix.dtype).removeprefix("torch."),
-        "fingerprints": model_fingerprints(model, tokenizer),
-        "tokens": tuple(token_text(tokenizer, ids)),
-        "counts": None if examples is None else tuple(token_counts(examples, len(matrix))[ids].tolist()),
-        "tied_embeddings": is_tied(model),
-        "embedding_module": modules[0],
-        "output_module": modules[1] if len(modules) > 1 else None,
-    }
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.base_model == "":
+            object.__setattr__(self, "base_model", _hub_id(self.model))
+        prints, origins = self.fingerprints, [origin for origin in (self.train, self.test) if origin is not None]
+        _demand(
+            (
+                all(
+                    re.fullmatch(_HASH, str(one))
+                    for one in (prints.get("embedding"), prints.get("tokenizer") or "0" * 64)
+                ),
+                f"fingerprints are {prints!r:.60}: they must hold the SHA-256 of the embedding",
+            ),
+            (min(self.V, self.d) > 0, f"the embedding is {self.V} x {self.d}: a ticket needs one of 1 x 1 or more"),
+            (all(isinstance(t, str | None) for t in self.tokens), f"tokens are {self.tokens!r:.60}: they must be text"),
+            (
+                all(isinstance(n, int) for n in self.counts or ()),
+                f"counts are {self.counts!r:.60}: they must be numbers",
+            ),
+            (
+                all(
+                    isinstance(origin.get(name), kind)
+                    for origin in origins
+                    for name, kind in (("data", str), ("languages", str | None), ("limit", int | None))
+                ),
+                f"train and test are {origins!r:.60}: they must name data, languages and limit",
+            ),
+        )
 
 # %% ../nbs/11_ticket.ipynb #7e6ea17f
-@dataclass(frozen=True)
-class Provenance:
+class Provenance(_Facts):
     """Where a ticket came from; checked when it is made and when it is read.
 
     Attributes
@@ -261,40 +277,10 @@ class Provenance:
         Versions of Python and of the libraries that made the ticket.
     """
 
-    model: str
-    V: int
-    d: int
-    dtype: str
-    fingerprints: dict[str, str | None]
-    tokens: tuple[str | None, ...]
-    revision: str | None = None
-    base_model: str | None = ""
-    license: str | None = None
-    tied_embeddings: bool = False
-    embedding_module: str = ""
-    output_module: str | None = None
-    counts: tuple[int, ...] | None = None
-    selection: Selection | None = None
-    prompt: Prompt | None = None
-    recipe: Recipe | None = None
-    generation: Generation | None = None
-    train: dict[str, Any] | None = None
-    test: dict[str, Any] | None = None
-    tensor: str | None = None
-    tuned: str | None = None
-    changed: int | None = None
-    versions: dict[str, str] = field(default_factory=versions)
-
-    def __post_init__(self) -> None:
-        _check_facts(self)
-
     def as_dict(self) -> dict[str, Any]:
         "The facts as JSON-ready values; those of the selection stand among the others."
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "selection"}
-        for name in _MADE_BY:
-            part = record[name]
-            record[name] = asdict(part) if name == "generation" and part else part and part.as_dict()
-        chosen = asdict(self.selection) if self.selection else {}
+        record = asdict(self)
+        chosen = record.pop("selection") or {}
         return record | {"tokens": list(self.tokens), "counts": self.counts and list(self.counts)} | chosen
 
     @classmethod
@@ -316,9 +302,9 @@ class Provenance:
         TypeError, ValueError
             If a fact is missing or is not what it must be.
         """
-        names = [f.name for f in fields(cls) if f.name in record]
+        names = record.keys() | {"model", "V", "d", "dtype", "fingerprints", "tokens"}  # these are needed
+        known: dict[str, Any] = {f.name: _read(f.name, record.get(f.name)) for f in fields(cls) if f.name in names}
         chosen = {f.name: record[f.name] for f in fields(Selection) if f.name in record}
-        known: dict[str, Any] = dict.fromkeys(_REQUIRED) | {name: _read(name, record[name]) for name in names}
         return cls(**known | {"selection": Selection(**chosen) if chosen else None})
 
     @classmethod
@@ -360,14 +346,147 @@ class Provenance:
         Provenance
             All that is known.
         """
-        origin = getattr(pairs, "origin", None)
-        known = _facts_of(model, tokenizer, [int(i) for i in ids], examples)
-        return cls(**known, selection=selection, prompt=prompt, recipe=recipe, train=origin)
+        (name, revision), modules, matrix = source_of(model), _modules(model), input_embedding(model).weight
+        ids = [int(i) for i in ids]
+        return cls(
+            model=name,
+            revision=revision,
+            V=matrix.shape[0],
+            d=matrix.shape[1],
+            dtype=str(matrix.dtype).removeprefix("torch."),
+            fingerprints={**model_fingerprints(model, tokenizer)},
+            tokens=tuple(token_text(tokenizer, ids)),
+            counts=None if examples is None else tuple(token_counts(examples, len(matrix))[ids].tolist()),
+            tied_embeddings=is_tied(model),
+            embedding_module=modules[0],
+            output_module=modules[1] if len(modules) > 1 else None,
+            selection=selection,
+            prompt=prompt,
+            recipe=recipe,
+            train=getattr(pairs, "origin", None),
+        )
+
+# %% ../nbs/11_ticket.ipynb #13a91a6d
+def _as_ids(ids: Any) -> np.ndarray:
+    ids = list(ids) if isinstance(ids, Iterable) and not hasattr(ids, "dtype") else ids
+    found = np.asarray(ids)
+    must(
+        found.ndim == 1 and not (len(found) and found.dtype.kind not in "iu") and bool not in map(type, ids),
+        f"ids are {str(ids):.60}: they must be token ids, a list of integers",
+        TypeError,
+    )
+    return found.astype(np.int64)
+
+
+@dataclass(eq=False, repr=False)
+class _Parts:
+    ids: np.ndarray
+    provenance: Provenance
+    rows: TunedRows | None = None
+    embed_rows: TunedRows | None = None
+    scan: Scan | None = None
+    sentences: tuple[str, ...] = ()
+    certificates: list[Certificate] = field(default_factory=list)
+    audit: dict[str, Any] | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.ids, self.sentences = _as_ids(self.ids), tuple(self.sentences)
+        ids, facts, rows, scan = self.ids, self.provenance, self.rows, self.scan
+        k, V, d, sizes = len(ids), facts.V, facts.d, {len(facts.tokens), len(facts.counts or ids)}
+        tuned = [(r.weight.shape[1], r.ids[-1:].tolist()) for r in (rows, self.embed_rows) if r is not None]
+        shapes = [] if scan is None else [np.shape(x) for x in (scan.statistic, scan.pvalue) if x is not None]
+        _demand(
+            (
+                np.unique(ids[(ids >= 0) & (ids < V)]).size == k,
+                f"ids are {ids}: they must be distinct, from 0 to {V - 1}",
+            ),
+            (sizes == {k}, f"there are {k} ids, with tokens or counts for {sizes}: one belongs to each"),
+            (
+                rows is None or rows.ids.tolist() == sorted(ids.tolist()),
+                f"the ticket has {k} ids and rows of others: restrict the rows to its ids",
+            ),
+            (
+                all(w == d and last < [V] for w, last in tuned),
+                f"rows do not fit an embedding of {V} x {d}: whose are they?",
+            ),
+            (set(shapes) <= {(V,)}, f"the scan is of shape {shapes}: there must be a statistic for each of {V} rows"),
+            (
+                all(re.fullmatch(_HASH, str(h)) for h in self.sentences),
+                "a sentence is no hash: give `Pair.hash` of each",
+            ),
+        )
+
+    @property
+    def mode(self) -> str:
+        "How the rows are read: 'input_only' or 'shared'."
+        return next((r.mode for r in (self.rows, self.embed_rows) if r is not None), "input_only")
+
+# %% ../nbs/11_ticket.ipynb #6eb841fb
+def _recorded(facts: Provenance, name: str) -> Any:
+    must(getattr(facts, name), f"the ticket records no {name} (a bare scan has none): give one")
+    return getattr(facts, name)
+
+
+class _Told(_Parts):
+    @property
+    def prompt(self) -> Prompt:
+        "The prompt that the ticket was tuned with. Raises ValueError if it records none, as that of a bare scan."
+        return _recorded(self.provenance, "prompt")
+
+    @property
+    def recipe(self) -> Recipe:
+        "How the ticket was tuned. Raises ValueError if it records no recipe, as that of a bare scan."
+        return _recorded(self.provenance, "recipe")
+
+    @property
+    def advice(self) -> str | None:
+        "What to change if no row passed, in one sentence or two; None for a ticket with rows."
+        scan, how, recipe = self.scan, self.provenance.selection, self.provenance.recipe
+        if len(self.ids) or scan is None or how is None or how.alpha is None or not np.isfinite(scan.statistic).any():
+            return None if len(self.ids) else "The ticket is empty, and no scan in it says why."
+        if self.provenance.changed == 0:
+            return "No row changed at all, both checkpoints hold the same matrix: are they the two that you meant?"
+        best, tests = int(scan.top(1)[0]), len(scan.statistic) if how.correction else 1
+        needed = f", and {critical_value(how.alpha / tests, scan.d):.3f} is needed" if how.criterion == "ks" else ""
+        now = (f", now {recipe.lr_embed:g}", f", now {recipe.epochs_embed}") if recipe else ("", "")
+        return (
+            f"No row passes at alpha = {how.alpha:g}{f' with {how.correction}' if how.correction else ''}: the best, "
+            f"id {best}, has {'D' if how.criterion == 'ks' else how.criterion} = {scan.statistic[best]:.3f}{needed}. "
+            f"Let rows move more (raise lr_embed{now[0]}, or epochs_embed{now[1]}), raise alpha, or take the best rows "
+            "anyway (top_k)."
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        "The ticket's rows as a table, best first: token, id, and, where they are known, statistic, pvalue and count."
+        known = {
+            "token": self.provenance.tokens,
+            "id": self.ids,
+            "statistic": None if self.scan is None else self.scan.statistic[self.ids],
+            "pvalue": None if self.scan is None or self.scan.pvalue is None else self.scan.pvalue[self.ids],
+            "count": self.provenance.counts,
+        }
+        return pd.DataFrame({name: values for name, values in known.items() if values is not None})
+
+    def _shown(self, form: str) -> str:  # form: "string" or "html"
+        k, facts, how = len(self.ids), self.provenance, self.provenance.selection
+        chosen = "" if how is None else f", the best {how.top_k}" if how.top_k else f", alpha = {how.alpha:g}"
+        table = self.to_frame().head(20).rename(columns={"statistic": "D", "pvalue": "p"})
+        body = getattr(table, f"to_{form}")(index=False, formatters={"D": "{:.3f}".format, "p": "{:.1e}".format})
+        words = [
+            f"Ticket of {k} of {facts.V:,} rows for {facts.base_model or Path(facts.model).name or 'an unnamed model'} "
+            f"({self.mode}{chosen})",
+            *([] if k else [self.advice or ""]),
+            f"{f'and {k - 20} more; ' if k > 20 else ''}{'audited' if self.audit else 'not audited'}, "
+            f"{len(self.certificates) or 'no'} certificates",
+        ]
+        lines = [f"<p>{escape(part)}</p>" for part in words] if form == "html" else words
+        return "\n".join([lines[0], *([body] if k else []), *lines[1:]])
+
+    __repr__ = partialmethod(_shown, "string")
+    _repr_html_ = partialmethod(_shown, "html")
 
 # %% ../nbs/11_ticket.ipynb #c2abd39a
-_COPY = "copy the ticket again"
-
-
 def is_ticket(folder: str | Path) -> bool:
     """Whether a folder holds a ticket.
 
@@ -385,8 +504,7 @@ def is_ticket(folder: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def _sound(what: str | Path, mend: str = _COPY) -> Iterator[None]:
-    "Turn whatever goes wrong in reading a file into one sentence."
+def _sound(what: str | Path, mend: str = "copy the ticket again") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # files can be damaged in more ways than the libraries that read them have errors for
@@ -396,7 +514,7 @@ def _sound(what: str | Path, mend: str = _COPY) -> Iterator[None]:
 
 def _json(path: Path, kind: type) -> Any:  # None if it is not there
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    _demand((isinstance(found, kind) or not path.exists(), f"it holds {type(found).__name__}, not {kind.__name__}"))
+    must(isinstance(found, kind) or not path.exists(), f"it holds {type(found).__name__}, not {kind.__name__}")
     return found
 
 
@@ -408,8 +526,10 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:  # and
 def _read_rows(path: Path, mode: str) -> TunedRows | None:
     with _sound(path):
         stored, _ = _tensors(path)
-        kinds = [stored["ids"].dtype, stored["rows"].dtype] if stored else [np.int64, np.float32]
-        _demand((kinds == [np.int64, np.float32], "its ids are not int64, or its rows not float32"))
+        must(
+            not stored or (stored["ids"].dtype, stored["rows"].dtype) == (np.int64, np.float32),
+            "its ids are not int64, or its rows not float32",
+        )
         return TunedRows(stored["ids"], stored["rows"], mode) if stored else None
 
 
@@ -417,282 +537,248 @@ def _read_scan(path: Path) -> Scan | None:
     with _sound(path):
         stored, about = _tensors(path)
         about = json.loads(about["scan"]) if "scan" in about else about  # schema 1 had an entry for each
-        if not stored:
-            return None
-        decided = float(about["decided"] or 0) or None
-        return Scan(stored["statistic"], stored.get("pvalue"), int(about["d"]), about["criterion"], decided)
-
-# %% ../nbs/11_ticket.ipynb #13a91a6d
-def _as_ids(ids: Any) -> np.ndarray:
-    ids = list(ids) if isinstance(ids, Iterable) and not hasattr(ids, "dtype") else ids
-    found = np.asarray(ids)
-    if found.ndim != 1 or len(found) and (found.dtype.kind not in "iu" or any(isinstance(i, bool) for i in ids)):
-        raise TypeError(f"ids are {str(ids):.60}: they must be token ids, a list of integers")
-    return found.astype(np.int64)
-
-
-def _settle(ticket: Ticket) -> None:
-    "Bring ids and hashes into their form, and raise ValueError unless all parts belong together."
-    ids, facts, rows, scan = _as_ids(ticket.ids), ticket.provenance, ticket.rows, ticket.scan
-    ticket.ids, ticket.sentences = ids, tuple(ticket.sentences)
-    k, V, d, sizes = len(ids), facts.V, facts.d, {len(facts.tokens), len(facts.counts or ids)}
-    tuned = [(r.weight.shape[1], r.ids[-1:].tolist()) for r in (rows, ticket.embed_rows) if r is not None]
-    shapes = [] if scan is None else [np.shape(x) for x in (scan.statistic, scan.pvalue) if x is not None]
-    _demand(
-        (np.unique(ids[(ids >= 0) & (ids < V)]).size == k, f"ids are {ids}: they must be distinct, from 0 to {V - 1}"),
-        (sizes == {k}, f"there are {k} ids, with tokens or counts for {sizes}: one belongs to each"),
-        (
-            rows is None or rows.ids.tolist() == sorted(ids.tolist()),
-            f"the ticket has {k} ids and rows of others: restrict the rows to its ids",
-        ),
-        (
-            all(w == d and last < [V] for w, last in tuned),
-            f"rows do not fit an embedding of {V} x {d}: whose are they?",
-        ),
-        (set(shapes) <= {(V,)}, f"the scan is of shape {shapes}: there must be a statistic for each of {V} rows"),
-        (all(re.fullmatch(_HASH, str(h)) for h in ticket.sentences), "a sentence is no hash: give `Pair.hash` of each"),
-    )
+        return (
+            Scan(
+                stored["statistic"],
+                stored.get("pvalue"),
+                int(about["d"]),
+                about["criterion"],
+                decided=float(about["decided"] or 0) or None,
+            )
+            if stored
+            else None
+        )
 
 # %% ../nbs/11_ticket.ipynb #dcd9e07b
 def _from_schema_1(record: dict[str, Any]) -> dict[str, Any]:
     languages, old, data = record.get("languages"), record.get("settings") or {}, record.get("data") or {}
-    new: dict[str, Any] = {"tokens": [None if t is None else t.replace("\n", "⏎") for t in record["tokens"]]}
-    if record.get("template"):
-        new["prompt"] = Prompt(Template(**record["template"]), languages).as_dict()
-    if old.keys() >= {"lr_embed", "lr_partial", "epochs", "batch_size"}:
-        same = {name: old[name] for name in ("lr_embed", "lr_partial", "batch_size")}
-        same |= {"epochs_embed": old["epochs"], "epochs_partial": old["epochs"], "mode": record["mode"]}
-        new["recipe"] = Recipe.from_dict(same | {"seed": record.get("seed", 0)}).as_dict()
-    for name in {"train", "test"} & data.keys():
-        new[name] = {"data": data[name], "languages": languages, "limit": data.get(f"{name}_limit")}
-    if data.get("max_new_tokens"):
-        new["generation"] = {"max_new_tokens": data["max_new_tokens"]}
-    return record | new
-
-
-def _read_ticket(owner: type[Ticket], folder: Path) -> Ticket:
-    names = ("ticket.json", "certificates.json", "audit.json", "sentences.txt")
-    main, proven, audited, hashes = (folder / name for name in names)
-    if not main.is_file():
-        raise FileNotFoundError(f"{folder} holds no ticket.json: it is not a ticket folder")
-    with _sound(main):
-        record = {"mode": "input_only"} | _json(main, dict)
-    if (schema := record.get("schema_version")) not in (1, _SCHEMA):
-        raise ValueError(f"{main} has ticket schema {schema!r:.20}, not 1 to {_SCHEMA}: update kslottery, or {_COPY}")
-    with _sound(main):
-        facts = Provenance.from_dict(_from_schema_1(record) if schema == 1 else record)
-        ids = _as_ids(record["ids"])
-    rows, embed_rows = (_read_rows(folder / f"{name}.safetensors", record["mode"]) for name in ("rows", "embed_rows"))
-    scan = _read_scan(folder / "scan.safetensors")
-    with _sound(proven, "remove it, and certify again"):
-        certificates = [Certificate.from_json(json.dumps(c)) for c in _json(proven, list) or []]
-    with _sound(audited, "remove it, and audit again"):
-        audit = _json(audited, dict)
-        told = audit is None or isinstance(audit["sentence"], str) and isinstance(audit["report"], str)
-        _demand((told, "its sentence or its report is no text"))
-    with _sound(folder):
-        sentences = tuple(hashes.read_text().split()) if hashes.exists() else ()
-        return owner(ids, facts, rows, embed_rows, scan, sentences, certificates, audit, folder.absolute())
-
-# %% ../nbs/11_ticket.ipynb #c64411a5
-def _frame(ticket: Ticket) -> pd.DataFrame:  # what is known of each row, best first
-    import pandas as pd
-
-    scan, counts = ticket.scan, ticket.provenance.counts
-    measured = {name: getattr(scan, name, None) for name in ("statistic", "pvalue")}
-    known = {name: values[ticket.ids] for name, values in measured.items() if values is not None}
-    counted = {} if counts is None else {"count": counts}
-    return pd.DataFrame({"token": ticket.provenance.tokens, "id": ticket.ids, **known, **counted})
-
-
-def _write_texts(ticket: Ticket, folder: Path, figure: bytes | None = None) -> None:
-    "Write what is known about a ticket, the figure of its audit, and the card that says so."
-    figures = {p.name for p in folder.glob("*.png")} | ({"audit.png"} if figure else set())
-    frame, facts = ticket.to_frame(), ticket.provenance.as_dict() | {"mode": ticket.mode, "size": len(ticket.ids)}
-    measured = {name: frame[name].tolist() for name in ("statistic", "pvalue") if name in frame}
-    record = {"schema_version": _SCHEMA, "ids": ticket.ids.tolist(), **facts, "peft": ticket.peft_obstacle or "written"}
-    proven = [asdict(certificate) for certificate in ticket.certificates]
-    known = {"certificates.json": proven, "audit.json": ticket.audit, "ticket.json": record | measured}
-    texts = {n: json.dumps(v, indent=1, ensure_ascii=False, allow_nan=False) + "\n" for n, v in known.items() if v}
-    texts["README.md"] = ticket.card(sorted(figures))
-    if figure:
-        with whole_file(folder / "audit.png") as part:
-            part.write_bytes(figure)
-    for name, text in texts.items():
-        write_text(folder / name, text)
-
-
-def _write_ticket(ticket: Ticket, folder: Path, extra: dict[str, bytes]) -> None:
-    for name, rows in (("rows", ticket.rows), ("embed_rows", ticket.embed_rows)):
-        if rows is not None:
-            arrays = {"ids": rows.ids.cpu().numpy(), "rows": rows.weight.detach().cpu().numpy()}
-            save_file(arrays, folder / f"{name}.safetensors")
-    if (scan := ticket.scan) is not None:
-        about = json.dumps({"d": scan.d, "criterion": scan.criterion, "decided": scan.decided})
-        known = {"statistic": scan.statistic} | ({} if scan.pvalue is None else {"pvalue": scan.pvalue})
-        known = {name: np.ascontiguousarray(values) for name, values in known.items()}
-        save_file(known, folder / "scan.safetensors", {"scan": about})  # more than one key come in random order
-    hashes = {"sentences.txt": "".join(f"{h}\n" for h in ticket.sentences).encode()} if ticket.sentences else {}
-    for name, content in (extra | hashes).items():
-        (folder / name).write_bytes(content)
-    if ticket.peft_obstacle is None:
-        _write_adapter(ticket, folder)
-    _write_texts(ticket, folder)
-
-
-def _save(ticket: Ticket, folder: Path, extra: dict[str, bytes]) -> None:
-    with whole_folder(folder, is_ticket) as work:
-        _write_ticket(ticket, work, extra)
-    ticket.folder = folder.absolute()
+    template, tuned = record.get("template"), old.keys() >= {"lr_embed", "lr_partial", "epochs", "batch_size"}
+    return {
+        **record,
+        "tokens": [None if t is None else t.replace("\n", "⏎") for t in record["tokens"]],
+        "prompt": {"template": template, "languages": languages} if template else None,
+        "recipe": {
+            **{name: old[name] for name in ("lr_embed", "lr_partial", "batch_size")},
+            **{name: old["epochs"] for name in ("epochs_embed", "epochs_partial")},
+            **{"mode": record["mode"], "seed": record.get("seed", 0)},
+        }
+        if tuned
+        else None,
+        "generation": {"max_new_tokens": data["max_new_tokens"]} if data.get("max_new_tokens") else None,
+        **{
+            name: {"data": data[name], "languages": languages, "limit": data.get(f"{name}_limit")}
+            for name in ("train", "test")
+            if name in data
+        },
+    }
 
 # %% ../nbs/11_ticket.ipynb #cac934b7
-def _peft_obstacle(ticket: Ticket) -> str | None:
-    reasons = {
-        "the ticket is empty": not len(ticket.ids),
-        "the ticket has no tuned rows": ticket.rows is None,
-        "the model ties input and output embeddings: PEFT would change both, and this ticket changes the input only": (
-            ticket.provenance.tied_embeddings and ticket.mode == "input_only"
-        ),
-    }
-    return next((reason for reason, true in reasons.items() if true), None)
+class _Adapter(_Told):
+    @property
+    def peft_obstacle(self) -> str | None:
+        "Why the ticket cannot be a PEFT adapter, or None if it can."
+        reasons = {
+            "the ticket is empty": not len(self.ids),
+            "the ticket has no tuned rows": self.rows is None,
+            "the model ties input and output embeddings: PEFT would change both, and this ticket changes the input "
+            "only": self.provenance.tied_embeddings and self.mode == "input_only",
+        }
+        return next((reason for reason, true in reasons.items() if true), None)
 
+    def _write_adapter(self, folder: Path) -> None:
+        from peft import TrainableTokensConfig
 
-def _write_adapter(ticket: Ticket, folder: Path) -> None:
-    from peft import TrainableTokensConfig
+        rows: Any = self.rows  # there are some, or there is a peft_obstacle
+        TrainableTokensConfig(
+            token_indices=rows.ids.tolist(),
+            target_modules=[self.provenance.embedding_module],
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.provenance.model,
+            revision=self.provenance.revision,
+            inference_mode=True,
+        ).save_pretrained(folder)
+        save_file(
+            {
+                f"base_model.model.{module}.trainable_tokens_delta": rows.weight.detach().cpu().numpy()
+                for module in (self.provenance.embedding_module, self.provenance.output_module)
+                if module  # PEFT misses its rows in a tied output otherwise
+            },
+            folder / "adapter_model.safetensors",
+            {"format": "pt"},
+        )
 
-    facts = ticket.provenance
-    rows: Any = ticket.rows  # there are some, or there is a peft_obstacle
-    TrainableTokensConfig(
-        token_indices=rows.ids.tolist(),
-        target_modules=[facts.embedding_module],
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=facts.model,
-        revision=facts.revision,
-        inference_mode=True,
-    ).save_pretrained(folder)
-    places = [
-        m for m in (facts.embedding_module, facts.output_module) if m
-    ]  # PEFT misses them in a tied output otherwise
-    stored = {f"base_model.model.{m}.trainable_tokens_delta": rows.weight.detach().cpu().numpy() for m in places}
-    save_file(stored, folder / "adapter_model.safetensors", {"format": "pt"})
+    def to_peft(self, folder: str | Path) -> None:
+        """Write the ticket as a PEFT adapter and nothing else, whole or not at all.
 
+        Parameters
+        ----------
+        folder : str or Path
+            The folder to write: new, or empty.
 
-def _save_adapter(ticket: Ticket, folder: Path) -> None:
-    _demand((ticket.peft_obstacle is None, f"PEFT cannot hold this ticket: {ticket.peft_obstacle}"))
-    with whole_folder(folder, is_own=lambda path: False) as work:
-        _write_adapter(ticket, work)
+        Raises
+        ------
+        FileExistsError
+            If the folder is not empty.
+        ValueError
+            If PEFT cannot hold the ticket (`peft_obstacle`).
+        """
+        must(self.peft_obstacle is None, f"PEFT cannot hold this ticket: {self.peft_obstacle}")
+        with whole_folder(folder, is_own=lambda path: False) as work:
+            self._write_adapter(work)
 
+    @classmethod
+    def from_peft(cls, folder: str | Path, model: Any, tokenizer: Any) -> Self:
+        """A ticket out of a PEFT TrainableTokens adapter. On a tied model its rows are shared, as PEFT reads them.
 
-def _from_adapter(owner: type[Ticket], folder: Path, model: Any, tokenizer: Any) -> Ticket:
-    from peft import PeftConfig
+        Parameters
+        ----------
+        folder : str or Path
+            The adapter, saved as safetensors.
+        model : PreTrainedModel
+            The plain base.
+        tokenizer : PreTrainedTokenizerBase
+            Its tokenizer.
 
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} holds no {file}: give a PEFT adapter saved as safetensors")
-    with _sound(folder, "copy the adapter again"):
-        about = PeftConfig.from_pretrained(folder)
-        stored, _ = _tensors(folder / "adapter_model.safetensors")
-    known = [f"base_model.model.{m}.trainable_tokens_delta" for m in _modules(model)]  # PEFT stores tied rows twice
-    strange, kind = [name for name in stored if name not in known], about.peft_type.value
-    _demand(
-        (kind == "TRAINABLE_TOKENS", f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows"),
-        (
-            not strange and known[0] in stored,
-            f"{folder} holds {', '.join(strange or stored)}: a ticket is {known[0]} and nothing else",
-        ),
-    )
-    rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")
-    rows.fits(model)
-    facts = Provenance.of(model, tokenizer, about.token_indices)
-    if not facts.model:  # the adapter may know what the model is called
-        facts = replace(facts, model=about.base_model_name_or_path or "", revision=about.revision, base_model="")
-    return owner(about.token_indices, facts, rows)
+        Returns
+        -------
+        Ticket
+            Ids in the adapter's order, and its rows.
 
-# %% ../nbs/11_ticket.ipynb #ca8817fd
-def _recorded(ticket: Ticket, name: str) -> Any:
-    found = getattr(ticket.provenance, name)
-    _demand((found is not None, f"the ticket records no {name} (a bare scan has none): give one"))
-    return found
+        Raises
+        ------
+        FileNotFoundError
+            If the folder holds no adapter.
+        ValueError
+            If it is another kind of adapter, or one that tunes more than the input embedding's rows.
+        """
+        from peft import PeftConfig
 
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            must(
+                Path(folder, file).is_file(),
+                f"{folder} holds no {file}: give a PEFT adapter saved as safetensors",
+                FileNotFoundError,
+            )
+        with _sound(folder, "copy the adapter again"):
+            about = PeftConfig.from_pretrained(folder)
+            stored, _ = _tensors(Path(folder, "adapter_model.safetensors"))
+        known = [f"base_model.model.{m}.trainable_tokens_delta" for m in _modules(model)]  # PEFT stores tied rows twice
+        strange, kind = [name for name in stored if name not in known], about.peft_type.value
+        _demand(
+            (kind == "TRAINABLE_TOKENS", f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows"),
+            (
+                not strange and known[0] in stored,
+                f"{folder} holds {', '.join(strange or stored)}: a ticket is {known[0]} and nothing else",
+            ),
+        )
+        rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")
+        rows.fits(model)
+        facts = Provenance.of(model, tokenizer, about.token_indices)
+        if not facts.model:  # the adapter may know what the model is called
+            facts = replace(facts, model=about.base_model_name_or_path or "", revision=about.revision, base_model="")
+        return cls(about.token_indices, facts, rows)
 
-def _check_model(facts: Provenance, prints: dict[str, str]) -> None:
-    for name, mine in prints.items():
-        made_for = facts.fingerprints.get(name)
-        told = f"(model {facts.model or 'unnamed'}, fingerprint {made_for!s:.12}, not {mine:.12})"
-        _demand((made_for in (mine, None), f"this ticket was made for another {name} {told}: load the model it names"))
+# %% ../nbs/11_ticket.ipynb #c64411a5
+class _Folder(_Adapter):
+    def card(self, figures: Sequence[str] = ()) -> str:
+        """The ticket's card, see `kslottery.card`.
 
+        Parameters
+        ----------
+        figures : sequence of str
+            The names of image files beside the card.
 
-def _check_pairs(sentences: Sequence[str], pairs: list) -> None:
-    own = set(sentences)
-    strange = next((f" ({p.id} is not among them)" for p in pairs if p.hash not in own), "")
-    told = f"the ticket was tuned on {len(own)} sentences, and the {len(pairs)} training pairs are not the same"
-    _demand(({p.hash for p in pairs} == own, f"{told}{strange}: give the ticket's own tuning data, all of it"))
+        Returns
+        -------
+        str
+            Markdown with a YAML header.
+        """
+        return card(self, figures)
 
+    def _write_texts(self, folder: Path, figure: bytes | None = None) -> None:  # with the figure of an audit
+        measured = {n: column.tolist() for n, column in self.to_frame().items() if n in ("statistic", "pvalue")}
+        known = {
+            "certificates.json": [asdict(certificate) for certificate in self.certificates],
+            "audit.json": self.audit,
+            "ticket.json": {
+                "schema_version": _SCHEMA,
+                "ids": self.ids.tolist(),
+                **self.provenance.as_dict(),
+                "mode": self.mode,
+                "size": len(self.ids),
+                "peft": self.peft_obstacle or "written",
+                **measured,
+            },
+        }
+        texts = {n: json.dumps(v, indent=1, ensure_ascii=False, allow_nan=False) + "\n" for n, v in known.items() if v}
+        files = {"audit.png": figure} if figure else {}
+        figures = sorted({p.name for p in folder.glob("*.png")} | files.keys())
+        files |= {name: text.encode() for name, text in texts.items()} | {"README.md": self.card(figures).encode()}
+        for name, content in files.items():
+            with whole_file(folder / name) as part:
+                part.write_bytes(content)
 
-def _base(ticket: Ticket, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    facts, unnamed = ticket.provenance, "the ticket does not say which model it was made for"
-    _demand(
-        ((model is None) == (tokenizer is None), "one of two is missing: give both model and tokenizer, or neither"),
-        (facts.model or model is not None, f"{unnamed}: give both model and tokenizer"),
-    )
-    if model is None:
-        model, tokenizer = load_model(facts.model, facts.revision, facts.dtype)
-    ticket.check(model, tokenizer)
-    return model, tokenizer
+    def save(self, folder: str | Path, extra: dict[str, bytes] | None = None) -> None:
+        """Write the ticket folder, whole or not at all; an older ticket there is replaced.
 
+        Parameters
+        ----------
+        folder : str or Path
+            The folder to write; the ticket is at home there from then on.
+        extra : dict of str to bytes, or None
+            More files for it (figures, say), by name.
 
-def _note(
-    ticket: Ticket,
-    certificates: Sequence[Certificate] = (),
-    audit: dict[str, Any] | None = None,
-    figure: bytes | None = None,
-    **facts: Any,
-) -> None:
-    "Add to what is known about a ticket, and write it into its folder, if it has one."
-    known = {name: value for name, value in facts.items() if value is not None}
-    told = f"base_model is {facts.get('base_model')!r}: give the model's id on the Hub (owner/name), not a path"
-    _demand(("base_model" not in known or _hub_id(known["base_model"]), told))
-    ticket.certificates, ticket.audit = [*ticket.certificates, *certificates], audit or ticket.audit
-    ticket.provenance = replace(ticket.provenance, **known)
-    if ticket.folder is not None:
-        if not is_ticket(ticket.folder):
-            raise FileNotFoundError(f"{ticket.folder} holds no ticket.json any more: save the ticket again")
-        _write_texts(ticket, ticket.folder, figure)
+        Raises
+        ------
+        FileExistsError
+            If the folder holds something else.
+        """
+        hashes = "".join(f"{h}\n" for h in self.sentences).encode()
+        with whole_folder(folder, is_ticket) as work:
+            for name, rows in (("rows", self.rows), ("embed_rows", self.embed_rows)):
+                if rows is not None:
+                    save_file(
+                        {"ids": rows.ids.cpu().numpy(), "rows": rows.weight.detach().cpu().numpy()},
+                        work / f"{name}.safetensors",
+                    )
+            if (scan := self.scan) is not None:
+                known = {"statistic": scan.statistic, "pvalue": scan.pvalue}
+                save_file(
+                    {name: np.ascontiguousarray(values) for name, values in known.items() if values is not None},
+                    work / "scan.safetensors",  # its metadata are one text, for more than one key come in random order
+                    {"scan": json.dumps({"d": scan.d, "criterion": scan.criterion, "decided": scan.decided})},
+                )
+            for name, content in ((extra or {}) | ({"sentences.txt": hashes} if hashes else {})).items():
+                (work / name).write_bytes(content)
+            if self.peft_obstacle is None:
+                self._write_adapter(work)
+            self._write_texts(work)
+        self.folder = Path(folder).absolute()
 
-# %% ../nbs/11_ticket.ipynb #6eb841fb
-def _advice(ticket: Ticket) -> str | None:
-    scan, how, recipe = ticket.scan, ticket.provenance.selection, ticket.provenance.recipe
-    if len(ticket.ids) or scan is None or how is None or how.alpha is None or not np.isfinite(scan.statistic).any():
-        return None if len(ticket.ids) else "The ticket is empty, and no scan in it says why."
-    if ticket.provenance.changed == 0:
-        return "No row changed at all, both checkpoints hold the same matrix: are they the two that you meant?"
-    best, tests = int(scan.top(1)[0]), len(scan.statistic) if how.correction else 1
-    needed = f", and {critical_value(how.alpha / tests, scan.d):.3f} is needed" if how.criterion == "ks" else ""
-    now = (f", now {recipe.lr_embed:g}", f", now {recipe.epochs_embed}") if recipe else ("", "")
-    corrected = f" with {how.correction}" if how.correction else ""
-    return (
-        f"No row passes at alpha = {how.alpha:g}{corrected}: the best, id {best}, has "
-        f"{'D' if how.criterion == 'ks' else how.criterion} = {scan.statistic[best]:.3f}{needed}. Let rows move more "
-        f"(raise lr_embed{now[0]}, or epochs_embed{now[1]}), raise alpha, or take the best rows anyway (top_k)."
-    )
-
-
-def _shown(ticket: Ticket, form: str) -> str:  # form: "string" or "html"
-    k, facts, how = len(ticket.ids), ticket.provenance, ticket.provenance.selection
-    chosen = "" if how is None else f", the best {how.top_k}" if how.top_k else f", alpha = {how.alpha:g}"
-    name = facts.base_model or Path(facts.model).name or "an unnamed model"
-    head = f"Ticket of {k} of {facts.V:,} rows for {name} ({ticket.mode}{chosen})"
-    table = ticket.to_frame().head(20).rename(columns={"statistic": "D", "pvalue": "p"})
-    body = getattr(table, f"to_{form}")(index=False, formatters={"D": "{:.3f}".format, "p": "{:.1e}".format})
-    more, proven = f"and {k - 20} more; " if k > 20 else "", f"{len(ticket.certificates) or 'no'} certificates"
-    tail = f"{more}{'audited' if ticket.audit else 'not audited'}, {proven}"
-    parts = [head, *([] if k else [ticket.advice or ""]), tail]
-    lines = [f"<p>{escape(part)}</p>" for part in parts] if form == "html" else parts
-    return "\n".join([lines[0], *([body] if k else []), *lines[1:]])
+    def _note(
+        self,
+        certificates: Sequence[Certificate] = (),
+        audit: dict[str, Any] | None = None,
+        figure: bytes | None = None,
+        **facts: Any,
+    ) -> None:  # what is new about the ticket, in its folder too, if it has one
+        known = {name: value for name, value in facts.items() if value is not None}
+        must(
+            "base_model" not in known or _hub_id(known["base_model"]),
+            f"base_model is {facts.get('base_model')!r}: give the model's id on the Hub (owner/name), not a path",
+        )
+        self.certificates, self.audit = [*self.certificates, *certificates], audit or self.audit
+        self.provenance = replace(self.provenance, **known)
+        if self.folder is not None:
+            must(
+                is_ticket(self.folder),
+                f"{self.folder} holds no ticket.json any more: save the ticket again",
+                FileNotFoundError,
+            )
+            self._write_texts(self.folder, figure)
 
 # %% ../nbs/11_ticket.ipynb #a2a98723
-@dataclass(eq=False, repr=False)
-class Ticket:
+class Ticket(_Folder):
     """A winning ticket: a few token ids, and whatever is known about them.
 
     Attributes
@@ -722,68 +808,65 @@ class Ticket:
         If the parts do not belong together.
     """
 
-    ids: np.ndarray
-    provenance: Provenance
-    rows: TunedRows | None = None
-    embed_rows: TunedRows | None = None
-    scan: Scan | None = None
-    sentences: tuple[str, ...] = ()
-    certificates: list[Certificate] = field(default_factory=list)
-    audit: dict[str, Any] | None = None
-    folder: Path | None = None
-
-    def __post_init__(self) -> None:
-        _settle(self)
-
-    def __repr__(self) -> str:
-        return _shown(self, "string")
-
-    def _repr_html_(self) -> str:
-        return _shown(self, "html")
-
-    def to_frame(self) -> pd.DataFrame:
-        "The ticket's rows as a table, best first: token, id, and, where they are known, statistic, pvalue and count."
-        return _frame(self)
-
-    def card(self, figures: Sequence[str] = ()) -> str:
-        """The ticket's card, see `kslottery.card`.
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a ticket folder.
 
         Parameters
         ----------
-        figures : sequence of str
-            The names of image files beside the card.
+        folder : str or Path
+            A folder that `save` wrote, by this version or an older one.
 
         Returns
         -------
-        str
-            Markdown with a YAML header.
+        Ticket
+            The ticket, which knows its folder.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no ticket.json.
+        ValueError
+            If a file is damaged or of a newer schema, or the files do not belong together.
         """
-        return card(self, figures)
-
-    @property
-    def mode(self) -> str:
-        "How the rows are read: 'input_only' or 'shared'."
-        return next((r.mode for r in (self.rows, self.embed_rows) if r is not None), "input_only")
-
-    @property
-    def advice(self) -> str | None:
-        "What to change if no row passed, in one sentence or two; None for a ticket with rows."
-        return _advice(self)
-
-    @property
-    def prompt(self) -> Prompt:
-        "The prompt that the ticket was tuned with. Raises ValueError if it records none, as that of a bare scan."
-        return _recorded(self, "prompt")
-
-    @property
-    def recipe(self) -> Recipe:
-        "How the ticket was tuned. Raises ValueError if it records no recipe, as that of a bare scan."
-        return _recorded(self, "recipe")
-
-    @property
-    def peft_obstacle(self) -> str | None:
-        "Why the ticket cannot be a PEFT adapter, or None if it can."
-        return _peft_obstacle(self)
+        main, proven, audited, hashes = (
+            Path(folder, name) for name in ("ticket.json", "certificates.json", "audit.json", "sentences.txt")
+        )
+        must(main.is_file(), f"{folder} holds no ticket.json: it is not a ticket folder", FileNotFoundError)
+        with _sound(main):
+            record = {"mode": "input_only", "schema_version": None} | _json(main, dict)
+        must(
+            record["schema_version"] in (1, _SCHEMA),
+            f"{main} has ticket schema {record['schema_version']!r:.20}, not 1 to {_SCHEMA}: update kslottery, or "
+            "copy the ticket again",
+        )
+        with _sound(main):
+            facts = Provenance.from_dict(record if record["schema_version"] == _SCHEMA else _from_schema_1(record))
+            ids = _as_ids(record["ids"])
+        rows, embed_rows = (
+            _read_rows(main.with_name(f"{n}.safetensors"), record["mode"]) for n in ("rows", "embed_rows")
+        )
+        scan = _read_scan(main.with_name("scan.safetensors"))
+        with _sound(proven, "remove it, and certify again"):
+            certificates = [Certificate.from_json(json.dumps(c)) for c in _json(proven, list) or []]
+        with _sound(audited, "remove it, and audit again"):
+            audit = _json(audited, dict)
+            must(
+                audit is None or {type(audit["sentence"]), type(audit["report"])} == {str},
+                "its sentence or its report is no text",
+            )
+        with _sound(folder):
+            return cls(
+                ids,
+                facts,
+                rows,
+                embed_rows,
+                scan,
+                sentences=tuple(hashes.read_text().split()) if hashes.exists() else (),
+                certificates=certificates,
+                audit=audit,
+                folder=Path(folder).absolute(),
+            )
 
     def check(self, model: Any, tokenizer: Any, prints: dict[str, str] | None = None) -> None:
         """Refuse another model than the one that the ticket was made for.
@@ -802,7 +885,13 @@ class Ticket:
         ValueError
             If embedding or tokenizer differ.
         """
-        _check_model(self.provenance, prints or model_fingerprints(model, tokenizer))
+        for name, mine in (prints or model_fingerprints(model, tokenizer)).items():
+            made_for = self.provenance.fingerprints.get(name)
+            must(
+                made_for in (mine, None),
+                f"this ticket was made for another {name} (model {self.provenance.model or 'unnamed'}, fingerprint "
+                f"{made_for!s:.12}, not {mine:.12}): load the model it names",
+            )
 
     def check_pairs(self, pairs: Iterable) -> None:
         """Refuse other tuning data than the ticket's own.
@@ -817,7 +906,13 @@ class Ticket:
         ValueError
             If they are not those that the ticket was tuned on.
         """
-        _check_pairs(self.sentences, list(pairs))
+        own, given = set(self.sentences), list(pairs)
+        strange = next((f" ({p.id} is not among them)" for p in given if p.hash not in own), "")
+        must(
+            {p.hash for p in given} == own,
+            f"the ticket was tuned on {len(own)} sentences, and the {len(given)} training pairs are not the same"
+            f"{strange}: give the ticket's own tuning data, all of it",
+        )
 
     def base(self, model: Any = None, tokenizer: Any = None) -> tuple[Any, Any]:
         """The model of the ticket: the one that is given, or else the recorded one, loaded.
@@ -841,47 +936,21 @@ class Ticket:
         ValueError
             If it is another model, or none is recorded.
         """
-        return _base(self, model, tokenizer)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Ticket:
-        """Read a ticket folder.
-
-        Parameters
-        ----------
-        folder : str or Path
-            A folder that `save` wrote, by this version or an older one.
-
-        Returns
-        -------
-        Ticket
-            The ticket, which knows its folder.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no ticket.json.
-        ValueError
-            If a file is damaged or of a newer schema, or the files do not belong together.
-        """
-        return _read_ticket(cls, Path(folder))
-
-    def save(self, folder: str | Path, extra: dict[str, bytes] | None = None) -> None:
-        """Write the ticket folder, whole or not at all; an older ticket there is replaced.
-
-        Parameters
-        ----------
-        folder : str or Path
-            The folder to write; the ticket is at home there from then on.
-        extra : dict of str to bytes, or None
-            More files for it (figures, say), by name.
-
-        Raises
-        ------
-        FileExistsError
-            If the folder holds something else.
-        """
-        _save(self, Path(folder), extra or {})
+        facts = self.provenance
+        _demand(
+            (
+                (model is None) == (tokenizer is None),
+                "one of two is missing: give both model and tokenizer, or neither",
+            ),
+            (
+                facts.model or model is not None,
+                "the ticket does not say which model it was made for: give both model and tokenizer",
+            ),
+        )
+        if model is None:
+            model, tokenizer = load_model(facts.model, facts.revision, facts.dtype)
+        self.check(model, tokenizer)
+        return model, tokenizer
 
     def remember(self, test: Sequence | None = None, generation: Generation | None = None) -> None:
         """Note how the ticket was evaluated, so that an audit and a certificate find it.
@@ -893,7 +962,7 @@ class Ticket:
         generation : Generation or None
             How texts were generated.
         """
-        _note(self, test=getattr(test, "origin", None), generation=generation)
+        self._note(test=getattr(test, "origin", None), generation=generation)
 
     def refresh(self, *, base_model: str | None = None, license: str | None = None) -> None:
         """Bring the card up to date, with what is known now and what is given here.
@@ -910,7 +979,7 @@ class Ticket:
         ValueError
             If `base_model` can be no id of the Hub.
         """
-        _note(self, base_model=base_model, license=license)
+        self._note(base_model=base_model, license=license)
 
     def add_certificates(self, certificates: Iterable[Certificate]) -> None:
         """Keep certificates with the ticket; one that is there already is not repeated.
@@ -920,7 +989,7 @@ class Ticket:
         certificates : iterable of Certificate
             What was proven.
         """
-        _note(self, [c for c in certificates if c not in self.certificates])
+        self._note([c for c in certificates if c not in self.certificates])
 
     def add_audit(self, record: dict[str, Any], figure: bytes | None = None) -> None:
         """Keep what an audit found with the ticket; it replaces an older audit.
@@ -932,51 +1001,7 @@ class Ticket:
         figure : bytes or None
             Its figure, as PNG.
         """
-        _note(self, audit=record, figure=figure)
-
-    def to_peft(self, folder: str | Path) -> None:
-        """Write the ticket as a PEFT adapter and nothing else, whole or not at all.
-
-        Parameters
-        ----------
-        folder : str or Path
-            The folder to write: new, or empty.
-
-        Raises
-        ------
-        FileExistsError
-            If the folder is not empty.
-        ValueError
-            If PEFT cannot hold the ticket (`peft_obstacle`).
-        """
-        _save_adapter(self, Path(folder))
-
-    @classmethod
-    def from_peft(cls, folder: str | Path, model: Any, tokenizer: Any) -> Ticket:
-        """A ticket out of a PEFT TrainableTokens adapter. On a tied model its rows are shared, as PEFT reads them.
-
-        Parameters
-        ----------
-        folder : str or Path
-            The adapter, saved as safetensors.
-        model : PreTrainedModel
-            The plain base.
-        tokenizer : PreTrainedTokenizerBase
-            Its tokenizer.
-
-        Returns
-        -------
-        Ticket
-            Ids in the adapter's order, and its rows.
-
-        Raises
-        ------
-        FileNotFoundError
-            If the folder holds no adapter.
-        ValueError
-            If it is another kind of adapter, or one that tunes more than the input embedding's rows.
-        """
-        return _from_adapter(cls, Path(folder), model, tokenizer)
+        self._note(audit=record, figure=figure)
 
 # %% ../nbs/11_ticket.ipynb #f345ecdb
 class TicketBank:
@@ -1023,14 +1048,16 @@ class TicketBank:
         ValueError
             If two have one name, one has no rows, or one was made for another model or tokenizer.
         """
-        found: dict[str, TunedRows] = {}
+        found: dict[str, Any] = {}
         prints = model_fingerprints(model, tokenizer)
         for folder in map(Path, folders):
             ticket = Ticket.load(folder)
             ticket.check(model, tokenizer, prints)
-            if folder.name in found or ticket.rows is None:
-                fault = "has the name of another ticket" if folder.name in found else "has no tuned rows"
-                raise ValueError(f"{folder} {fault}: leave it out, or build the bank from rows")
+            fault = "has the name of another ticket" if folder.name in found else "has no tuned rows"
+            must(
+                folder.name not in found and ticket.rows is not None,
+                f"{folder} {fault}: leave it out, or build the bank from rows",
+            )
             found[folder.name] = ticket.rows
         return cls(model, found)
 
@@ -1060,7 +1087,11 @@ class TicketBank:
         """
         used = list(dict.fromkeys(name for name in names if name is not None))
         for name in used:
-            if name not in self.rows:
-                raise ValueError(f"the bank has no ticket {name!r}: it has {', '.join(self.rows) or 'none'}")
-        choice = [-1 if name is None else used.index(name) for name in names]
-        return read_rows(self.model, [self.rows[name] for name in used], choice, roles, read_by)
+            must(name in self.rows, f"the bank has no ticket {name!r}: it has {', '.join(self.rows) or 'none'}")
+        return read_rows(
+            self.model,
+            [self.rows[name] for name in used],
+            [-1 if name is None else used.index(name) for name in names],
+            roles,
+            read_by,
+        )

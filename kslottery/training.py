@@ -11,12 +11,12 @@ import json
 import math
 import numbers
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from .core import fingerprint, progress_bar, whole_file
+from .core import fingerprint, must, progress_bar, whole_file
 from .data import Example, collate
 from .rows import TunedRows, weights_fingerprint
 
@@ -28,10 +28,8 @@ __all__ = ['target_loss', 'Engine', 'Training', 'train']
 
 # %% ../nbs/05_training.ipynb #d4c53da3
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy summed over n positions, for a head that does not learn.
-
-    The gradient for `hidden` is taken in the forward pass, and no logits outlive their chunk.
-    """
+    # Cross-entropy summed over n positions. The gradient for `hidden` is taken in the forward pass; no logits outlive
+    # their chunk.
 
     @staticmethod
     def forward(ctx, hidden, labels, weight, bias, chunk):
@@ -83,10 +81,7 @@ def target_loss(
 
 # %% ../nbs/05_training.ipynb #692ae8f2
 def _frozen_head(model):
-    """The output layer of `model`, if it is linear and frozen and the loss is the cross-entropy of what it returns.
-
-    Else None. It runs the model on three tokens.
-    """
+    # The output layer, if it is linear and frozen and the loss is the cross-entropy of what it returns; else None.
     from transformers import PreTrainedModel
 
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -98,40 +93,39 @@ def _frozen_head(model):
             out = model.eval()(input_ids=probe, labels=probe, use_cache=False)
     finally:
         model.train(training)
-    if len(seen) != 1 or not torch.equal(seen[0], out.logits):
-        return None
-    return (
-        head if torch.isclose(out.loss.float(), F.cross_entropy(seen[0][0, :-1].float(), probe[0, 1:]), 1e-4) else None
+    plain = (
+        len(seen) == 1
+        and torch.equal(seen[0], out.logits)
+        and torch.isclose(out.loss.float(), F.cross_entropy(seen[0][0, :-1].float(), probe[0, 1:]), 1e-4)
     )
+    return head if plain else None
 
 # %% ../nbs/05_training.ipynb #524c02ff
 def _shared_prefix(input_ids, attention_mask, labels):
-    """How many tokens at the start of a batch are the same in all examples and predict nothing; all inputs are (B, T).
-
-    0 if it would not pay to run them once.
-    """
+    # How many tokens at the start of a batch (B, T) are the same in all examples and predict nothing; 0 if too few.
     same = (input_ids == input_ids[:1]) & (attention_mask == 1) & (labels == -100)
     n = int(same.all(0).cumprod(0).sum()) - 1  # the last of them may predict
     return n if n >= 8 and len(input_ids) > 1 else 0
 
 # %% ../nbs/05_training.ipynb #a3eb9065
 def _unshared(model):
-    "Why a prefix cannot be run once for the batch with this model, or None."
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    # Why a prefix cannot be run once for the batch with this model, or None.
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    values = ((m, k, v) for m in model.modules() for k, v in vars(m).items() if isinstance(v, float))
-    if any(v > 0 for m, k, v in values if "drop" in k or (k == "p" and isinstance(m, torch.nn.Dropout))):
-        return "it has dropout; set that to 0"
-    if model.is_activation_checkpointing:
-        return "activation checkpointing keeps no cache"
-    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
-        return "it remembers more than keys and values"
+    rates = [(m, k) for m in model.modules() for k, v in vars(m).items() if isinstance(v, float) and v > 0]
+    reasons = {
+        "it has dropout; set that to 0": any(
+            "drop" in k or (k == "p" and isinstance(m, torch.nn.Dropout)) for m, k in rates
+        ),
+        "activation checkpointing keeps no cache": model.is_activation_checkpointing,
+        "it remembers more than keys and values": not all(
+            isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers
+        ),
+    }
+    return next((why for why, holds in reasons.items() if holds), None)
 
 
-class _Learner(torch.nn.Module):
-    "What is trained: a model and, if given, the rows that it reads. A pass gives the loss of a batch."
-
+class _Learner(torch.nn.Module):  # a model and, if given, the rows that it reads; a pass gives the loss of a batch
     def __init__(self, model, rows=None, share_prefix=False):
         super().__init__()
         self.model, self.rows, self.share_prefix = model, rows, share_prefix
@@ -145,8 +139,9 @@ class _Learner(torch.nn.Module):
         if not self.lean:
             return self.model(**inputs, labels=labels, num_items_in_batch=count).loss
         if self.share_prefix and (n := _shared_prefix(input_ids, attention_mask, labels)):
-            first = {"input_ids": input_ids[:1, :n], "attention_mask": attention_mask[:1, :n], "use_cache": True}
-            cache = self.model(**first, logits_to_keep=1).past_key_values
+            cache = self.model(
+                input_ids=input_ids[:1, :n], attention_mask=attention_mask[:1, :n], use_cache=True, logits_to_keep=1
+            ).past_key_values
             cache.batch_repeat_interleave(len(input_ids))
             inputs |= {"input_ids": input_ids[:, n:], "use_cache": True, "past_key_values": cache}
             labels = labels[:, n:]
@@ -161,24 +156,27 @@ class _Learner(torch.nn.Module):
 
 # %% ../nbs/05_training.ipynb #07840c55
 def _epoch(lengths, size, seed, grouped=False):
-    "The batches of one epoch: positions in the examples, whose lengths are given."
+    # The batches of one epoch: positions in the examples, whose lengths are a tensor.
     generator = torch.Generator().manual_seed(seed)
-    batches = torch.randperm(len(lengths), generator=generator).split(size)
+    order = torch.randperm(len(lengths), generator=generator)
     if not grouped:
-        return batches
-    windows, lengths = [torch.cat(batches[i : i + 50]) for i in range(0, len(batches), 50)], torch.as_tensor(lengths)
-    windows = [w[lengths[w].argsort(stable=True)].split(size) for w in windows]
+        return order.split(size)
+    windows = [w[lengths[w].argsort(stable=True)].split(size) for w in order.split(50 * size)]
     return [w[i] for w in windows for i in torch.randperm(len(w), generator=generator)]
 
 # %% ../nbs/05_training.ipynb #3996e7fd
 def _check_numbers(settings, rates, whole):
-    "Raise ValueError for a field of some settings that nothing can be trained with."
+    given = vars(settings)
     for name in rates:
-        if not isinstance(value := getattr(settings, name), numbers.Real) or not 0 < float(value) < math.inf:
-            raise ValueError(f"{name} is {value!r}: give a finite number greater than 0, or nothing is tuned")
+        must(
+            isinstance(given[name], numbers.Real) and 0 < float(given[name]) < math.inf,
+            f"{name} is {given[name]!r}: give a finite number greater than 0, or nothing is tuned",
+        )
     for name, least in whole.items():
-        if not isinstance(value := getattr(settings, name), numbers.Integral) or value < least:
-            raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")
+        must(
+            isinstance(given[name], numbers.Integral) and given[name] >= least,
+            f"{name} is {given[name]!r}: give a whole number of at least {least}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,13 +220,12 @@ class Engine:
 
     def __post_init__(self) -> None:
         _check_numbers(self, (), {"accumulate": 1, "save_every": 1})
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision is {self.precision!r}: choose no, bf16 or fp16")
-        if self.share_prefix and (self.compile or self.activation_checkpointing):
-            raise ValueError(
-                "share_prefix goes with neither compile, which would compile each of its ever other shapes, nor "
-                "activation checkpointing, which keeps no cache: choose one"
-            )
+        must(self.precision in ("no", "bf16", "fp16"), f"precision is {self.precision!r}: choose no, bf16 or fp16")
+        must(
+            not (self.share_prefix and (self.compile or self.activation_checkpointing)),
+            "share_prefix goes with neither compile, which would compile each of its ever other shapes, nor "
+            "activation checkpointing, which keeps no cache: choose one",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +269,6 @@ class Training:
 
 # %% ../nbs/05_training.ipynb #bde97d18
 def _fingerprint_of_run(model, rows, examples, training, world):
-    "What the result of a row tuning depends on: the base model, the ids, the examples, the settings."
     plain = dataclasses.replace(training.engine, save_every=1, log_dir=None)
     settings = dataclasses.asdict(dataclasses.replace(training, progress=False, engine=plain))
     parts = [weights_fingerprint(model), fingerprint(rows.ids), rows.mode, [e[1:] for e in examples], settings, world]
@@ -282,16 +278,18 @@ def _fingerprint_of_run(model, rows, examples, training, world):
 def _content(tensors):
     return json.dumps({name: fingerprint(t) for name, t in tensors.items()}, sort_keys=True)
 
-
+# %% ../nbs/05_training.ipynb #bdab7011
 def _save(path, run, step, n):
-    "Write the state of a row tuning after its step `n`, whole or not at all, by the first of all processes."
+    # Writes the state after step `n`, gathered from all processes, by the first of them.
     from safetensors.torch import save_file
 
-    random = step.random.get_rng_state().to(step.device).unsqueeze(0)
-    tensors = {"rows": step.rows.weight, "random": step.accelerator.gather(random)}
     notes = {name: part.state_dict() for name, part in step.state.items()} | {"step": n}
-    for moments in notes["optimizer"].pop("state").values():
-        tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
+    moments = notes["optimizer"].pop("state").get(0, {})  # the rows are parameter 0; without a step it has none
+    tensors = {
+        "rows": step.rows.weight,
+        "random": step.accelerator.gather(step.random.get_rng_state().to(step.device).unsqueeze(0)),
+        **{f"optimizer.{name}": value for name, value in moments.items()},
+    }
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     if step.accelerator.is_main_process:
         with whole_file(path) as part:
@@ -299,7 +297,7 @@ def _save(path, run, step, n):
 
 
 def _load(path, run, step):
-    "Go back to the state in a file; returns the number of steps done."
+    # Goes back to the state in a file; returns the number of steps done.
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -307,16 +305,16 @@ def _load(path, run, step):
             about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole checkpoint ({error}): remove it to start again") from error
-    if about.get("run") != run:
-        raise ValueError(
-            f"{path} is the checkpoint of another run (other examples, settings, base model or number of processes): "
-            "name another file, or remove it to start again"
-        )
-    if about["content"] != _content(tensors):
-        raise ValueError(f"{path} was altered after it was written: remove it to start again")
+    must(
+        about.get("run") == run,
+        f"{path} is the checkpoint of another run (other examples, settings, base model or number of processes): "
+        "name another file, or remove it to start again",
+    )
+    must(about["content"] == _content(tensors), f"{path} was altered after it was written: remove it to start again")
     notes = json.loads(about["notes"])
-    moments = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-    notes["optimizer"]["state"] = {0: moments} if moments else {}
+    notes["optimizer"]["state"] = {
+        0: {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+    }
     for name, part in step.state.items():
         part.load_state_dict(notes[name])
     step.rows.weight.data.copy_(tensors["rows"])
@@ -325,45 +323,40 @@ def _load(path, run, step):
 
 # %% ../nbs/05_training.ipynb #7f1b909a
 def _accelerator(log_dir):
-    "The processes that train together; raises ValueError if they do not find each other, or nothing can log."
     from accelerate import Accelerator
 
     started, cpu = int(os.environ.get("WORLD_SIZE", "1")), not torch.accelerator.is_available()
-    alone = started > 1 and "RANK" not in os.environ  # accelerate would wait for the others for ever
-    log = {"log_with": log_dir and "tensorboard", "project_dir": log_dir}
-    if alone or started != (accelerator := Accelerator(cpu=cpu, **log)).num_processes:
-        raise ValueError(
-            f"WORLD_SIZE is {started} but this training would run in 1 process: "
-            f"start it with torchrun --nproc_per_node {started}"
-        )
-    if log_dir and not accelerator.log_with:
-        raise ValueError(f"log_dir is {log_dir} but there is no TensorBoard to write it: pip install tensorboard")
+    launched = started == 1 or "RANK" in os.environ  # if not, accelerate would wait for the others for ever
+    accelerator: Any = launched and Accelerator(cpu=cpu, log_with=log_dir and "tensorboard", project_dir=log_dir)
+    must(
+        launched and accelerator.num_processes == started,
+        f"WORLD_SIZE is {started} but this training would run in 1 process: "
+        f"start it with torchrun --nproc_per_node {started}",
+    )
+    must(
+        not log_dir or accelerator.log_with,
+        f"log_dir is {log_dir} but there is no TensorBoard to write it: pip install tensorboard",
+    )
     return accelerator
 
 
 @contextlib.contextmanager
 def _prepared(model, frozen, checkpointing):
-    "Within the block, a model is frozen and checkpoints its activations, if asked; then it is as it was, to be used."
-    learns = [p.requires_grad for p in model.parameters()]
-    switch = checkpointing and not model.is_activation_checkpointing
-    try:
+    # Within the block, a model is frozen and checkpoints its activations, if asked; then it is as it was, to be used.
+    with contextlib.ExitStack() as afterwards:  # what is noted last is done first
+        afterwards.callback(model.eval)
+        for parameter in model.parameters():
+            afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
+        if checkpointing and not model.is_activation_checkpointing:
+            afterwards.callback(model.disable_input_require_grads)  # a hook that the next leaves on the embedding
+            afterwards.callback(model.activation_checkpointing_disable)
+            model.activation_checkpointing_enable()
         if frozen:
             model.requires_grad_(False)
-        if switch:
-            model.activation_checkpointing_enable()
         yield
-    finally:
-        if switch:
-            model.activation_checkpointing_disable()
-            model.disable_input_require_grads()  # a hook that the other leaves on the embedding
-        for parameter, flag in zip(model.parameters(), learns):
-            parameter.requires_grad_(flag)
-        model.eval()
 
 # %% ../nbs/05_training.ipynb #d50480d5
-class _Step:
-    "One step of AdamW on what a learner has to learn, over all processes."
-
+class _Step:  # of AdamW on what a learner has to learn, over all processes
     def __init__(self, learner, training, steps, accelerator):
         from transformers import get_scheduler
 
@@ -378,7 +371,6 @@ class _Step:
         self.random = torch.cuda if self.device.type == "cuda" else torch
 
     def __call__(self, parts):
-        "Learn from this process's parts of a batch; returns loss, gradient norm and learning rate."
         world, total = self.accelerator.num_processes, torch.zeros((), device=self.device)
         parts = [{name: t.to(self.device) for name, t in part.items()} for part in parts]
         count = self.accelerator.reduce(sum((part["labels"][:, 1:] != -100).sum() for part in parts))
@@ -400,13 +392,15 @@ class _Step:
         self.optimizer.zero_grad()
         return {"loss": self.accelerator.reduce(total, "mean"), "grad_norm": norm, "learning_rate": rate}
 
-
+# %% ../nbs/05_training.ipynb #aa97bd1b
 def _loop(learner, examples, training, accelerator, path, label):
-    "All steps of a training, from its start or from its checkpoint."
     engine, rank, world = training.engine, accelerator.process_index, accelerator.num_processes
-    lengths, size, grouped = [len(e.ids) for e in examples], training.batch_size, engine.group_by_length
-    seeds = range(training.seed, training.seed + training.epochs)  # one for each epoch
-    batches = [batch for seed in seeds for batch in _epoch(lengths, size, seed, grouped)]
+    lengths = torch.tensor([len(e.ids) for e in examples])
+    batches = [
+        batch
+        for epoch in range(training.epochs)
+        for batch in _epoch(lengths, training.batch_size, training.seed + epoch, engine.group_by_length)
+    ]
     blank = Example("", examples[0].ids[:1], [-100], examples[0].roles[:1], 1)
     torch.manual_seed(training.seed)
     step = _Step(learner, training, len(batches), accelerator)
@@ -463,10 +457,8 @@ def train(
         If there are no examples, the run diverges, a prefix cannot be shared, the checkpoint is broken or another
         run's, or the processes that were started do not find each other.
     """
-    if not examples:
-        raise ValueError("there are no examples to train on")
-    if checkpoint and rows is None:
-        raise ValueError("a checkpoint holds the state of row tuning only: leave it out here")
+    must(examples, "there are no examples to train on")
+    must(rows is not None or not checkpoint, "a checkpoint holds the state of row tuning only: leave it out here")
     if checkpoint:
         os.makedirs(os.path.dirname(os.path.abspath(checkpoint)), exist_ok=True)
     engine, accelerator = training.engine, _accelerator(training.engine.log_dir)
@@ -474,5 +466,7 @@ def train(
         learner = _Learner(model, rows, engine.share_prefix).to(accelerator.device)
         with rows.applied(model) if rows is not None else contextlib.nullcontext():
             _loop(learner, examples, training, accelerator, checkpoint, label)
-        if not all(torch.isfinite(p).all() for p in learner.parameters() if p.requires_grad):
-            raise ValueError(f"{label} diverged at learning rate {training.lr}: lower it")
+        must(
+            all(torch.isfinite(p).all() for p in learner.parameters() if p.requires_grad),
+            f"{label} diverged at learning rate {training.lr}: lower it",
+        )

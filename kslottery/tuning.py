@@ -72,8 +72,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}: choose {' or '.join(MODES)}")
-        whole = {"epochs_embed": 1, "epochs_partial": 1, "batch_size": 1, "seed": 0}
-        _check_numbers(self, ("lr_embed", "lr_partial"), whole)
+        _check_numbers(
+            self, ("lr_embed", "lr_partial"), {"epochs_embed": 1, "epochs_partial": 1, "batch_size": 1, "seed": 0}
+        )
 
     @property
     def embed(self) -> Training:
@@ -225,8 +226,9 @@ def embed_tune(
     Yuan et al. 2025, section 3.
     """
     recipe = recipe or Recipe()
-    ids = active_ids(examples)
-    return tune_rows(model, ids, examples, recipe.embed, mode=recipe.mode, checkpoint=checkpoint, label=label)
+    return tune_rows(
+        model, active_ids(examples), examples, recipe.embed, mode=recipe.mode, checkpoint=checkpoint, label=label
+    )
 
 
 def partial_tune(
@@ -371,8 +373,8 @@ def peft_tune(
     from peft import get_peft_model
 
     torch.manual_seed(training.seed)  # adapters start at random
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
+    # PEFT asks transformers by a name that is going away
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         adapted = get_peft_model(copy.deepcopy(model).requires_grad_(False), config)
     train(adapted, examples, training, label=label)
     return adapted

@@ -186,6 +186,19 @@ def folded(block, summary, shown=False):
     return f"{opening}\n<summary>{summary}</summary>\n\n{block}\n\n</details>"
 
 
+def methods(thing):
+    """The public methods of a class: (name, as the class has it, its function).
+
+    They are its own and those of its private bases, which are parts of it that other cells explain.
+    """
+    of_us = [c for c in thing.__mro__[::-1] if c is thing or c.__name__[0] == "_" and c.__module__ == thing.__module__]
+    for method, raw in {name: raw for c in of_us for name, raw in vars(c).items()}.items():
+        of = getattr(raw, "fget", None) or getattr(raw, "func", None) or getattr(raw, "__func__", raw)
+        own = inspect.isfunction(of) and of.__qualname__ in [f"{c.__name__}.{method}" for c in of_us]
+        if own and not method.startswith("_"):
+            yield method, raw, of
+
+
 def entry(thing, name, level=3, source=True):
     """The reference entry of one function or class.
 
@@ -197,21 +210,14 @@ def entry(thing, name, level=3, source=True):
     else:
         parts = [heading, fenced(signature(thing, name), "python"), docstring(thing)]
     if inspect.isclass(thing):
-        for method, raw in vars(thing).items():
-            of = getattr(raw, "fget", None) or getattr(raw, "func", None) or getattr(raw, "__func__", raw)
-            if (
-                not method.startswith("_")
-                and inspect.isfunction(of)
-                and of.__doc__
-                and of.__qualname__ == f"{name}.{method}"
-            ):
-                if isinstance(raw, (staticmethod, classmethod)) or inspect.isfunction(raw):
-                    parts.append(entry(getattr(thing, method), f"{name}.{method}", level + 1, source=False))
-                else:  # a property is read, not called
-                    parts += [
-                        f"{'#' * (level + 1)} {name}.{method} {{#{name.lower()}.{method.lower()} .reference}}",
-                        docstring(of),
-                    ]
+        for method, raw, of in methods(thing):
+            if of.__doc__ and (isinstance(raw, (staticmethod, classmethod)) or inspect.isfunction(raw)):
+                parts.append(entry(getattr(thing, method), f"{name}.{method}", level + 1, source=False))
+            elif of.__doc__:  # a property is read, not called
+                parts += [
+                    f"{'#' * (level + 1)} {name}.{method} {{#{name.lower()}.{method.lower()} .reference}}",
+                    docstring(of),
+                ]
     if source:
         parts.append(folded(fenced(inspect.getsource(thing), "python"), "Code"))
     return "\n\n".join(p for p in parts if p)

@@ -96,14 +96,8 @@ def exported():
             if inspect.isfunction(thing) or inspect.isclass(thing):
                 yield module, name, thing
             if inspect.isclass(thing):
-                for method, function in vars(thing).items():
-                    function = getattr(function, "fget", None) or getattr(function, "__func__", function)
-                    if (
-                        inspect.isfunction(function)
-                        and not method.startswith("_")
-                        and function.__doc__
-                        and function.__qualname__ == f"{name}.{method}"
-                    ):
+                for method, _, function in render.methods(thing):
+                    if function.__doc__:
                         yield module, f"{name}.{method}", function
 
 

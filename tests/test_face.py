@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -50,19 +51,36 @@ def test_an_unknown_name_is_one_sentence():
 
 
 def test_the_face_that_tools_see_is_the_face():
-    "Names are imported when they are used; type checkers and editors read the other list, which says the same."
-    tree = ast.parse((ROOT / "kslottery" / "__init__.py").read_text())
+    "Names are imported when they are used; type checkers and editors read the stub, which says the same."
+    tree = ast.parse((ROOT / "kslottery" / "__init__.pyi").read_text())
     seen = {
         alias.asname: node.module
-        for block in tree.body
-        if isinstance(block, ast.If)
-        for node in block.body
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
         for alias in node.names
-        if alias.asname == alias.name
+        if node.level == 1 and alias.asname == alias.name
     }
     assert seen == kslottery._WHERE
+    rest = [ast.unparse(node) for node in tree.body if not isinstance(node, ast.ImportFrom)]
+    assert rest == ["__version__: str"] and isinstance(kslottery.__version__, str)
     assert (ROOT / "kslottery" / "py.typed").exists()
     assert (ROOT / "kslottery" / "__init__.py").read_text().startswith('__version__ = "')
+
+
+def test_a_type_checker_sees_the_face(tmp_path):
+    "Every name has its type, and a name that is not there is an error."
+    uses = [f"kslottery.{name}" for name in kslottery.__all__]
+    wrong = ["kslottery.find_tickets", "kslottery.load_pairs(1)"]
+    code = [f"reveal_type({use})" for use in uses] + wrong
+    (tmp_path / "user.py").write_text("\n".join(["import kslottery", *code, "from kslottery import *"]) + "\n")
+    words = ["-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", tmp_path / "cache", "user.py"]
+    place = os.environ | {"MYPYPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=place)
+    said = [line for line in done.stdout.split("\n") if line.startswith("user.py")]
+    shown = [line for line in said if "Revealed type is" in line]
+    assert len(shown) == len(uses) and not [line for line in shown if 'is "Any"' in line], done.stdout + done.stderr
+    errors = [line.split(": ", 2)[2] for line in said if ": error: " in line]
+    assert len(errors) == 2 and 'has no attribute "find_tickets"' in errors[0] and "incompatible" in errors[1], errors
 
 
 # Five small programs

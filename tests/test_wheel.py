@@ -58,7 +58,7 @@ def installed(built, tmp_path_factory):
 def test_the_wheel_holds_all_that_a_command_reads(built):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {n.removeprefix("kslottery/") for n in wheel.namelist() if n.startswith("kslottery/")}
-        assert names >= {"report.html.j2", "results.schema.json", "py.typed", "cli.py"}
+        assert names >= {"report.html.j2", "results.schema.json", "py.typed", "__init__.pyi", "cli.py"}
         carried = [p for p in TUTORIALS.iterdir() if p.suffix in (".ipynb", ".yaml")]
         assert len(carried) >= 10 and names >= {f"notebooks/{p.name}" for p in carried}
         for name in (n for n in names if n.endswith(".ipynb")):

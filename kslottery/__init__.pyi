@@ -1,0 +1,22 @@
+# What type checkers and editors see: the names that __init__.py imports when they are used.
+from .audit import AuditSettings as AuditSettings, audit_ticket as audit_ticket
+from .babel import build_world as build_world
+from .calibration import CertifySettings as CertifySettings, certify_ticket as certify_ticket
+from .checkpoints import scan_checkpoints as scan_checkpoints
+from .core import load_model as load_model
+from .data import Pair as Pair, Prompt as Prompt, load_pairs as load_pairs
+from .decomposition import Bootstrap as Bootstrap, decompose as decompose
+from .evaluation import Generation as Generation, score as score, translate as translate
+from .ks import ks_scan as ks_scan
+from .lottery import find_ticket as find_ticket
+from .rows import TunedRows as TunedRows
+from .ticket import Ticket as Ticket, TicketBank as TicketBank
+from .training import Engine as Engine
+from .tuning import (
+    Recipe as Recipe,
+    embed_tune as embed_tune,
+    partial_transfer as partial_transfer,
+    partial_tune as partial_tune,
+)
+
+__version__: str
