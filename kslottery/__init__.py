@@ -18,7 +18,7 @@ _ROOMS = {
     "checkpoints": "scan_checkpoints",
     "lottery": "find_ticket",
     "audit": "AuditSettings audit_ticket",
-    "calibration": "CertifySettings certify_ticket",
+    "calibration": "CertifySettings certify_ticket plan_calibration",
     "babel": "build_world",
 }
 _WHERE = {name: room for room, names in _ROOMS.items() for name in names.split()}  # the stub beside has it too

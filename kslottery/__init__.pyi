@@ -1,7 +1,11 @@
 # What type checkers and editors see: the names that __init__.py imports when they are used.
 from .audit import AuditSettings as AuditSettings, audit_ticket as audit_ticket
 from .babel import build_world as build_world
-from .calibration import CertifySettings as CertifySettings, certify_ticket as certify_ticket
+from .calibration import (
+    CertifySettings as CertifySettings,
+    certify_ticket as certify_ticket,
+    plan_calibration as plan_calibration,
+)
 from .checkpoints import scan_checkpoints as scan_checkpoints
 from .core import load_model as load_model
 from .data import Pair as Pair, Prompt as Prompt, load_pairs as load_pairs

@@ -6,22 +6,45 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from filelock import FileLock
 
-from .certificate import Certificate, Losses, _inside, certify_agreement, certify_tickets
-from .core import fingerprint, must, one_of, progress_bar, to_accelerator
+from kslottery.certificate import (
+    Certificate,
+    Losses,
+    Plan,
+    _chosen,
+    _count,
+    _distinct,
+    _inside,
+    _pool,
+    _power,
+    anytime_certificate,
+    certify_agreement,
+    certify_tickets,
+    plan_certificate,
+    sentences_needed,
+)
+from .core import cache_dir, fingerprint, must, one_of, progress_bar, to_accelerator, write_json
 from .data import Example, Pair, Prompt, collate, encode_all
 from .evaluation import Generation, Translation, get_extraction, translate
 from .rows import TunedRows, weights_fingerprint
 from .tuning import partial_tune
 
 # %% auto #0
-__all__ = ['text_loss', 'CertifySettings', 'Calibration', 'ladder', 'ladder_sizes', 'retuned', 'certify_ticket']
+__all__ = ['text_loss', 'CertifySettings', 'Calibration', 'ladder', 'ladder_sizes', 'retuned', 'certify_ticket',
+           'plan_calibration']
 
 # %% ../nbs/15_calibration.ipynb #472f85cf
 _LOSSES = ("quality_difference", "quality_shortfall", "exact", "tokens")
@@ -110,13 +133,22 @@ class CertifySettings:
         The name of the document that each calibration sentence belongs to; documents are then the units.
     vouched : bool, default False
         That you answer for it that no calibration sentence was used before, where the ticket records none.
+    until : str or Path, optional
+        A manifest: sentences are added in its order until the certificate of one ticket holds. It is written first, if
+        it is not there.
+    n_plan : int, optional
+        With `until`: for how many sentences the test is tuned; by default all.
+    most : int, optional
+        With `until`: how many sentences of the manifest may be translated in this call; by default all.
+    seed : int, default 0
+        With `until`: of the order of the sentences.
     progress : bool, default True
-        Whether to show bars.
+        Whether to show bars, and the hash of a manifest.
 
     Raises
     ------
     ValueError
-        If loss or ladder is unknown, or the ladder "tuning" has no data to tune on.
+        If loss or ladder is unknown, the ladder "tuning" has no data to tune on, or `until` meets groups.
     """
 
     loss: str = "quality_difference"
@@ -127,6 +159,10 @@ class CertifySettings:
     generation: Generation | None = None
     groups: Sequence[str] | None = None
     vouched: bool = False
+    until: str | Path | None = None
+    n_plan: int | None = None
+    most: int | None = None
+    seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -139,33 +175,71 @@ class CertifySettings:
             self.train or self.ladder != "tuning",
             "the ladder 'tuning' tunes each ticket again: give the ticket's tuning data, train (--train)",
         )
+        must(
+            self.until is None or self.groups is None,
+            "a manifest (--until) adds single sentences: certify documents (--groups) without it",
+        )
 
 # %% ../nbs/15_calibration.ipynb #404634bd
-# Losses that know everything but the ticket. Sentences that were used, and a wrong number of groups, are refused.
-def _unmeasured(calibration: Calibration, reference: Any, used: Iterable[str]) -> Losses:
-    settings, hashes = calibration.settings, tuple(p.hash for p in calibration.pairs)
+def _fresh(pairs: Sequence[Pair], settings: CertifySettings, used: Iterable[str]) -> Losses:
+    # Sentences without losses. Those that were used before, and groups that do not fit, are refused.
     found = Losses(
-        np.zeros(len(hashes)),
-        ids=tuple(p.id for p in calibration.pairs),
-        hashes=hashes,
+        np.zeros(len(pairs)),
+        ids=tuple(p.id for p in pairs),
+        hashes=tuple(p.hash for p in pairs),
+        loose=tuple(p.loose for p in pairs),
         used=frozenset(used),
-        prints={
-            "model": weights_fingerprint(calibration.model),
-            "reference": (
-                reference.fingerprint() if isinstance(reference, TunedRows) else weights_fingerprint(reference)
-            ),
-            "data": fingerprint("\n".join(hashes)),
-            "sentences": sorted(h[:16] for h in hashes),
-            "template": calibration.prompt.template.text,
-            "languages": calibration.prompt.languages,
-            "dtype": str(calibration.model.dtype).removeprefix("torch."),
-            **asdict(calibration.generation),
-        },
         vouched=settings.vouched,
     )
     if settings.groups is not None:
         found.grouped(settings.groups)
     return found
+
+
+def _units(fresh: Losses, settings: CertifySettings) -> Losses:
+    # Sentences without copies, or documents.
+    known = replace(fresh, kind=settings.loss)
+    return _distinct(known if settings.groups is None else known.grouped(settings.groups))
+
+
+def _refuse_few(units: Losses, epsilon: float, part: float) -> None:
+    n, unit, asked = len(units.values), units.unit, f"at epsilon {epsilon:g} and delta {part:g}"
+    floor, level = sentences_needed(epsilon, part), units.on_unit_scale
+    must(
+        n >= floor,
+        f"{_count(n, f'distinct {unit}')} can certify nothing: with fewer than {floor} no valid method can {asked}, "
+        "not even if the ticket equals the reference; add some, or tolerate more (kslottery certify --plan)",
+    )
+    zero, sd = Losses(np.zeros(1), units.kind, vouched=True), 0.06 if units.kind == "quality_difference" else None
+    chance = _power(_pool(zero, sd, None), n, level(epsilon), part, _chosen(units, "auto"))
+    if chance < 0.5:
+        supposed = ", with differences of 6 chrF points from sentence to sentence," if sd else ""
+        warnings.warn(
+            f"low power: {asked}, {_count(n, unit)} certify a ticket as good as the reference{supposed} in "
+            f"{chance:.0%} of cases (kslottery certify --plan says how many it takes)",
+            stacklevel=3,
+        )
+
+
+def _extractions(loss: str) -> tuple[str, ...]:  # each gets its share of delta
+    return ("whole",) if loss == "tokens" else ("whole", "first_line")
+
+# %% ../nbs/15_calibration.ipynb #d8cb87f0
+def _prints(calibration: Calibration, reference: Any, fresh: Losses) -> dict[str, Any]:
+    # What the losses depend on, but for the ticket.
+    model, prompt = calibration.model, calibration.prompt
+    own, other = (str(m.dtype).removeprefix("torch.") for m in (model, calibration.reference[0]))
+    must(own == other, f"the model is in {own} and the reference in {other}: load both in one precision")
+    return {
+        "model": weights_fingerprint(model),
+        "reference": reference.fingerprint() if isinstance(reference, TunedRows) else weights_fingerprint(reference),
+        "data": fingerprint("\n".join(sorted(fresh.hashes))),
+        "template": prompt.template.text,
+        "chat": prompt.template.chat,
+        "languages": prompt.languages,
+        "dtype": own,
+        **asdict(calibration.generation),
+    }
 
 # %% ../nbs/15_calibration.ipynb #f8c13070
 class Calibration:
@@ -204,24 +278,27 @@ class Calibration:
         self.model, self.tokenizer, self.pairs, self.settings = to_accelerator(model), tokenizer, list(pairs), settings
         self.prompt, self.generation = cast(Prompt, settings.prompt), settings.generation or Generation()
         self.reference = (model, reference) if isinstance(reference, TunedRows) else (to_accelerator(reference), None)
-        self.examples = encode_all(tokenizer, self.prompt, self.pairs)
-        self.unmeasured = _unmeasured(self, reference, used)
+        self.examples, unmeasured = encode_all(tokenizer, self.prompt, self.pairs), _fresh(self.pairs, settings, used)
+        self.unmeasured = replace(unmeasured, prints=_prints(self, reference, unmeasured))
         self._known: dict[tuple[str, str], list] = {}
 
-    # What `make` makes of the model and some rows, or of the reference if there are none: each is made once.
-    def _once(self, what: str, rows: TunedRows | None, make: Callable[[Any, TunedRows | None], list]) -> list:
+    def _once(self, what: str, rows: Any, make: Callable[[Any, Any, int, int], list], first: int | None) -> list:
+        model, read = self.reference if rows is None else (self.model, rows)
         key = what, self.unmeasured.prints["reference"] if rows is None else rows.fingerprint()
-        if key not in self._known:
-            self._known[key] = make(*(self.reference if rows is None else (self.model, rows)))
-        return self._known[key]
+        known, n = self._known.setdefault(key, []), len(self.pairs[:first])
+        if len(known) < n:
+            known += make(model, read, len(known), n)
+        return known[:n]
 
-    def answers(self, rows: TunedRows | None = None) -> list[Translation]:
+    def answers(self, rows: TunedRows | None = None, first: int | None = None) -> list[Translation]:
         """What the model with some rows answers.
 
         Parameters
         ----------
         rows : TunedRows or None
             The rows to read; without, the reference answers.
+        first : int, optional
+            Only the first so many sentences.
 
         Returns
         -------
@@ -229,42 +306,38 @@ class Calibration:
             One for each sentence, computed once.
         """
         who = "Reference" if rows is None else f"{len(rows)} rows"
-        return self._once(
-            "answers",
-            rows,
-            lambda model, read: translate(
-                model,
-                self.tokenizer,
-                self.pairs,
-                self.prompt,
-                read,
-                generation=self.generation,
-                progress=self.settings.progress and f"{who}: translating",
-            ),
-        )
+        ask = partial(translate, generation=self.generation, progress=self.settings.progress and f"{who}: translating")
+        make = lambda model, read, a, b: ask(model, self.tokenizer, self.pairs[a:b], self.prompt, read)
+        return self._once("answers", rows, make, first)
 
-    def next_tokens(self, rows: TunedRows | None = None) -> list[np.ndarray]:
+    def next_tokens(self, rows: TunedRows | None = None, first: int | None = None) -> list[np.ndarray]:
         """What the model with some rows would write next, along the reference's answers.
 
         Parameters
         ----------
         rows : TunedRows or None
             The rows to read; without, the reference writes.
+        first : int, optional
+            Only the first so many sentences.
 
         Returns
         -------
         list of ndarray of shape (t,), int64
             A token id for each of the t tokens of each answer, computed once.
         """
-        return self._once(
-            "tokens",
-            rows,
-            lambda model, read: _next_tokens(
-                model, self.examples, self.answers(), read, self.generation.batch_size, self.settings.progress
-            ),
-        )
+        size, show = self.generation.batch_size, self.settings.progress
+        asked = lambda a, b: (self.examples[a:b], self.answers(None, b)[a:])
+        make = lambda model, read, a, b: _next_tokens(model, *asked(a, b), read, size, show)
+        return self._once("tokens", rows, make, first)
 
-    def losses(self, rows: TunedRows, kind: str = "exact", extraction: str = "first_line", made: str = "") -> Losses:
+    def losses(
+        self,
+        rows: TunedRows,
+        kind: str = "exact",
+        extraction: str = "first_line",
+        made: str = "",
+        first: int | None = None,
+    ) -> Losses:
         """The losses of the model with `rows` against the reference, with their provenance.
 
         Parameters
@@ -278,6 +351,8 @@ class Calibration:
             all of it.
         made : str
             Where the rows come from, in words for the claim.
+        first : int, optional
+            Only the first so many sentences.
 
         Returns
         -------
@@ -292,14 +367,14 @@ class Calibration:
         one_of("the kind of loss", kind, _LOSSES)
         cut = get_extraction(extraction)
         if kind == "tokens":
-            values = [np.mean(a != b) for a, b in zip(self.next_tokens(rows), self.next_tokens())]
+            values = [np.mean(a != b) for a, b in zip(self.next_tokens(rows, first), self.next_tokens(None, first))]
         else:
-            values = [
-                text_loss(kind, cut(partial.text), cut(reference.text), cut(pair.target))
-                for partial, reference, pair in zip(self.answers(rows), self.answers(), self.pairs)
-            ]
+            answers = zip(self.answers(rows, first), self.answers(None, first), self.pairs)
+            values = [text_loss(kind, cut(one.text), cut(other.text), cut(pair.target)) for one, other, pair in answers]
+        names = {name: getattr(self.unmeasured, name)[: len(values)] for name in ("ids", "hashes", "loose")}
         found = replace(
             self.unmeasured,
+            **names,
             values=np.array(values),
             kind=kind,
             extraction="" if kind == "tokens" else extraction,
@@ -408,28 +483,147 @@ def retuned(model: Any, tokenizer: Any, ticket: Any, pairs: Sequence[Pair]) -> C
     return lambda ids: tuned(tuple(int(i) for i in ids))
 
 
-# All rows that were tuned, best first; how a ticket takes them over; and from where, in words.
-def _ranked(ticket: Any, reference: Any) -> tuple[np.ndarray, Callable[[Any], TunedRows], str]:
-    scan, rows = ticket.scan, ticket.embed_rows
+def _tickets(ticket, reference, model, tokenizer, settings):
+    # The rows on the ladder, best first; how a ticket gets them; from where, in words; and the sizes, one if one ticket
+    # is certified.
+    k, scan, rows = len(ticket.ids), ticket.scan, ticket.embed_rows
+    if settings.ladder == "none":
+        return ticket.ids, lambda ids: ticket.rows, "its own rows", [k]
     ranking = ticket.ids if scan is None else scan.top(len(scan.statistic))
     moved = ranking if scan is None else np.flatnonzero(scan.statistic > 0)
+    ranking = ranking[np.isin(ranking, moved if rows is None else rows.ids.numpy())]
+    usual = ladder_sizes(len(ranking), k) if settings.until is None else [k]
+    sizes = usual if settings.sizes is None else [int(size) for size in settings.sizes]
+    must(
+        settings.until is None or len(sizes) == 1,
+        f"the ladder has {len(sizes)} sizes: a manifest (--until) is for one ticket, give its size or none",
+    )
+    if settings.ladder == "tuning":
+        rows_of = retuned(model, tokenizer, ticket, settings.train or ())
+        return ranking, rows_of, "its rows tuned again from the base model", sizes
     rows_of = (lambda ids: TunedRows.of(reference, ids, ticket.mode)) if rows is None else rows.restrict
     source = "the reference model" if rows is None or reference is None else "Embed Tuning"
-    return (
-        ranking[np.isin(ranking, moved if rows is None else rows.ids.numpy())],
-        rows_of,
-        f"its rows taken over from {source}",
-    )
+    return ranking, rows_of, f"its rows taken over from {source}", sizes
+
+# %% ../nbs/15_calibration.ipynb #00a4898a
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"hash": fingerprint(json.dumps(record, sort_keys=True, ensure_ascii=False))}
 
 
-# An assumption, if some of the sentences served the ticket before.
-def _served(ticket: Any, calibration: Calibration) -> list[str]:
-    mine = set(calibration.unmeasured.prints["sentences"])
-    earlier = sum(
-        not mine.isdisjoint(c.facts.get("fingerprints", {}).get("sentences", ())) for c in ticket.certificates
+def _unsealed(path: Path, mend: str) -> dict[str, Any]:
+    # What was sealed and written; refused if it is no longer the same.
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        must(_sealed({name: record[name] for name in record if name != "hash"}) == record, "it was edited")
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged or was edited, its hash does not fit: {mend}") from None
+    return record
+
+
+def _spent(pairs: Sequence[Pair], fresh: Losses, plan: dict[str, Any]) -> list[float]:
+    # Enters a plan into the ledger of its sentences; the deltas of the plans that used some of them before.
+    mend = "restore it; without it nobody knows what was spent on these sentences before"
+    read = lambda path: _unsealed(path, mend)["plans"] if path.exists() else []
+    file = Path(str((getattr(pairs, "origin", None) or {}).get("data", "")).partition(",")[0]).expanduser()
+    beside = Path(f"{file}.ledger.json")
+    usable = file.is_file() and os.access(beside if beside.exists() else beside.parent, os.W_OK)
+    place, mine = beside if usable else cache_dir() / "calibration.ledger.json", [one[1:17] for one in fresh.loose]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(f".{place.name}.lock")):
+        known = read(place) if usable else [*read(beside), *read(place)]
+        at = next((i for i, one in enumerate(known) if one["plan"] == plan["hash"]), len(known))
+        if at == len(known):
+            entry = {"plan": plan["hash"], "delta": plan["delta"], "sentences": " ".join(mine)}
+            write_json(place, _sealed({"plans": [*read(place), entry]}))
+    return [one["delta"] for one in known[:at] if not set(mine).isdisjoint(one["sentences"].split())]
+
+
+# What the certificate adds to its assumptions: what was spent, and what an old ticket cannot tell.
+def _told(ticket: Any, spent: list[float], delta: float) -> list[str]:
+    before, left = sum(spent), max(0.0, 1 - sum(spent) - delta)
+    said = {
+        f"a delta of {before:.6g} had been spent on some of these sentences before ({_count(len(spent), 'plan')} in "
+        f"their ledger): all certificates hold at once only with probability {left:.6g}": spent,
+        "no tuning sentence comes back in another case or spacing: the ticket records exact hashes only": (
+            ticket.sentences and not any(one.startswith("~") for one in ticket.sentences)
+        ),
+    }
+    return [sentence for sentence, applies in said.items() if applies]
+
+# %% ../nbs/15_calibration.ipynb #5f215ca3
+def _name(pair: Pair) -> str:  # of both texts
+    return fingerprint(f"{pair.source}\n{pair.target}")
+
+
+def _ordered(pairs: Sequence[Pair], settings: CertifySettings) -> tuple[Sequence[Pair], dict[str, Any] | None]:
+    # Each sentence once, in the manifest's order, from its first on, and the manifest; without one, in a new order.
+    if settings.until is None:
+        return pairs, None
+    if not Path(settings.until).exists():
+        distinct = list({p.loose: p for p in reversed(pairs)}.values())
+        return [distinct[i] for i in np.random.default_rng(settings.seed).permutation(len(distinct))], None
+    manifest = _unsealed(Path(settings.until), "restore it; a new manifest is a new plan and spends delta again")
+    there, order = {_name(p): p for p in pairs}, manifest["order"]
+    found = [there[name] for _, name in itertools.takewhile(lambda one: one[1] in there, order)]
+    known = {p.loose for p in found}
+    strange = next((p.id for p in pairs if p.loose not in known), None)
+    must(
+        strange is None,
+        f"sentence {strange} cannot be used: after the {len(found)} sentences that are there, the manifest "
+        f"{settings.until} goes on with {order[len(found) % len(order)][0]}; give its sentences from the first on, "
+        "without gaps and as they were, or write a new manifest, which spends delta again",
     )
-    often = f"some of these sentences have served {earlier} certificates of this ticket before"
-    return [f"{often}: all hold at once only with probability 1 - the sum of their deltas"] if earlier else []
+    return found, manifest
+
+# %% ../nbs/15_calibration.ipynb #6506b2de
+def _planned(plan: dict[str, Any], ticket: Any, source: Calibration, found: dict[str, Any] | None) -> dict[str, Any]:
+    # A plan, or the manifest with its order: sealed and written, or else compared with the one that is there.
+    settings, until = source.settings, source.settings.until
+    plan |= {name: value for name, value in source.unmeasured.prints.items() if name != "data"}
+    plan |= {
+        "loss": settings.loss,
+        "extractions": list(_extractions(settings.loss)),
+        "rows": [rows.fingerprint() for rows in (ticket.rows, ticket.embed_rows) if rows is not None],
+        **({"n_plan": settings.n_plan} if until and settings.n_plan else {}),
+    }
+    if found is None:
+        order = [[p.id, _name(p)] for p in source.pairs]
+        manifest = {"n_plan": len(order), **plan, "seed": settings.seed, "order": order}
+        fixed = {**plan, "sentences": sorted(source.unmeasured.hashes), "groups": list(settings.groups or ())}
+        found = _sealed(manifest if until else fixed)
+        if place := until or ticket.folder and ticket.folder / f"plan-{found['hash'][:16]}.json":
+            write_json(place, found)
+    other = next((name for name in plan if found.get(name) != plan[name]), "")
+    must(
+        not other,
+        f"{until} was written for {other} {found.get(other)!r}, and {plan.get(other)!r} is asked: "
+        "certify as planned, or write a new manifest, which spends delta again",
+    )
+    if until and settings.progress:
+        print(f"The manifest: {until}, hash {found['hash']}", file=sys.stderr)
+    return found
+
+
+def _until(source: Calibration, rows: TunedRows, how: str, manifest: dict[str, Any]) -> list[Certificate]:
+    # Adds sentences until the certificates hold, or there are no more.
+    epsilon, n_plan, extractions = (manifest[name] for name in ("epsilon", "n_plan", "extractions"))
+    path, kind, made = Path(f"{source.settings.until}.answers.json"), source.settings.loss, []
+    kept = _unsealed(path, "remove it, to translate again") if path.exists() else {}
+    if kept.get("manifest") == manifest["hash"]:
+        for key, texts in kept["answers"].items():
+            source._known["answers", key] = [Translation(i, text, end, tuple(said)) for i, text, end, said in texts]
+    n, step = len(source.pairs[: source.settings.most]), max(source.generation.batch_size, n_plan // 10)
+    for first in (*range(step, n, step), n):
+        losses = [source.losses(rows, kind, extraction, how, first) for extraction in extractions]
+        answers = {key: list(map(list, texts)) for (what, key), texts in source._known.items() if what == "answers"}
+        write_json(path, _sealed({"manifest": manifest["hash"], "answers": answers}))
+        made = [
+            anytime_certificate(replace(x, manifest=manifest["hash"]), epsilon, manifest["delta"] / len(losses), n_plan)
+            for x in losses
+        ]
+        if all(certificate.holds for certificate in made):
+            break
+    return made
 
 # %% ../nbs/15_calibration.ipynb #336a3961
 def certify_ticket(
@@ -446,8 +640,10 @@ def certify_ticket(
     """Certify how close a ticket is to Embed Tuning, and how few rows are enough.
 
     With probability at least 1 - delta over the draw of the calibration pairs, all of the certificates hold at once:
-    for texts one is about the whole continuation and one about the first line, at delta/2 each. A certificate from
-    sentences that served the ticket before says so among its assumptions.
+    for texts one is about the whole continuation and one about the first line, at delta/2 each.
+
+    Before anything is translated, the plan is written beside the ticket's certificates (or into the manifest) and its
+    delta into the ledger of the calibration sentences; a certificate says what had been spent on them before.
 
     Parameters
     ----------
@@ -477,7 +673,8 @@ def certify_ticket(
     ------
     ValueError
         If the model is another than the ticket's, if there is nothing to compare with, if a calibration sentence was
-        used before, or if epsilon or delta lies outside (0, 1).
+        used before, if there are too few for any method, if a manifest or ledger is damaged or says something else, or
+        if epsilon or delta lies outside (0, 1). Nothing has been translated by then.
 
     References
     ----------
@@ -500,23 +697,91 @@ def certify_ticket(
         prompt=settings.prompt or ticket.prompt,
         generation=settings.generation or ticket.provenance.generation,
     )
+    fresh, (pairs, manifest) = _fresh(calibration, settings, ticket.sentences), _ordered(calibration, settings)
+    extractions = _extractions(settings.loss)
+    part = delta / len(extractions)
+    if manifest is None:
+        _refuse_few(_units(fresh, settings), epsilon, part)
     model, tokenizer = ticket.base(model, tokenizer)
-    source = Calibration(model, tokenizer, calibration, answers, settings, ticket.sentences)
-    extractions = ("whole",) if settings.loss == "tokens" else ("whole", "first_line")
-    part, loss = delta / len(extractions), settings.loss
-    if settings.ladder == "none":
-        found = (source.losses(ticket.rows, loss, extraction, "its own rows") for extraction in extractions)
-        made = [
-            certify_agreement(x, part, "clopper-pearson" if x.kind == "exact" else "betting", epsilon) for x in found
-        ]
+    source = Calibration(model, tokenizer, pairs, answers, settings, ticket.sentences)
+    ranking, rows_of, how, sizes = _tickets(ticket, reference, model, tokenizer, settings)
+    losses_of = lambda extraction: lambda ids: source.losses(rows_of(ids), settings.loss, extraction, how)
+    rungs = [ladder(ranking, sizes, losses_of(extraction)) for extraction in extractions]
+    plan = {"epsilon": float(epsilon), "delta": float(delta), "made": how, "sizes": sizes}
+    plan = _planned(plan | {"ranking": fingerprint(np.asarray(ranking))}, ticket, source, manifest)
+    spent = _spent(calibration, fresh, plan)
+    if settings.until is not None:
+        made = _until(source, rows_of(ranking[: sizes[0]]), how, plan)
+    elif settings.ladder == "none":
+        made = [certify_agreement(rung[sizes[0]], part, epsilon=epsilon) for rung in rungs]
     else:
-        ranking, rows_of, how = _ranked(ticket, reference)
-        if settings.ladder == "tuning":
-            rows_of, how = (
-                retuned(model, tokenizer, ticket, settings.train or ()),
-                "its rows tuned again from the base model",
-            )
-        sizes = ladder_sizes(len(ranking), len(ticket.ids)) if settings.sizes is None else settings.sizes
-        losses_of = lambda extraction: lambda ids: source.losses(rows_of(ids), loss, extraction, how)
-        made = [certify_tickets(ladder(ranking, sizes, losses_of(e)), epsilon, part) for e in extractions]
-    return [replace(c, assumptions=(*c.assumptions, *_served(ticket, source))) for c in made]
+        made = [certify_tickets(rung, epsilon, part) for rung in rungs]
+    told, facts = _told(ticket, spent, delta), {"plan": plan["hash"], "spent": sum(spent)}
+    return [replace(c, assumptions=(*c.assumptions, *told), facts={**c.facts, **facts}) for c in made]
+
+# %% ../nbs/15_calibration.ipynb #eab8c9c1
+def plan_calibration(
+    calibration: Sequence[Pair] | None = None,
+    *,
+    epsilon: float,
+    delta: float = 0.05,
+    sd: float | None = None,
+    pilot: Sequence[float] | None = None,
+    n: int | None = None,
+    ticket: Any = None,
+    settings: CertifySettings | None = None,
+) -> Plan:
+    """How many sentences `certify_ticket` needs, before anything is loaded, tuned or translated.
+
+    It warns if the sentences at hand are too few, or if their certificate would be a matter of luck.
+
+    Parameters
+    ----------
+    calibration : sequence of Pair, optional
+        The sentences at hand.
+    epsilon : float
+        The tolerated loss.
+    delta : float, default 0.05
+        The chance that a certificate is wrong, for all certificates of the ticket together.
+    sd : float, optional
+        The expected standard deviation of the difference over sentences (0.06 is 6 chrF points).
+    pilot : sequence of float, optional
+        Losses or differences of other sentences, one of each. Without sd and pilot the plan is for a ticket that equals
+        the reference.
+    n : int, optional
+        How many sentences there will be, if they are not at hand.
+    ticket : Ticket, optional
+        The ticket, if it is there already: sentences that it was tuned on are refused.
+    settings : CertifySettings, optional
+        Its loss and groups count here.
+
+    Returns
+    -------
+    Plan
+        Its delta is that of each certificate.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range, or if a sentence was used before.
+
+    References
+    ----------
+    As of `kslottery.certificate.plan_certificate`.
+    """
+    settings = replace(settings or CertifySettings(), vouched=True)
+    kind = settings.loss
+    if calibration is not None:
+        units = _units(_fresh(calibration, settings, ticket.sentences if ticket else ()), settings)
+        n, kind = len(units.values), units.kind
+    part = _inside("delta", delta) / len(_extractions(settings.loss))
+    plan = plan_certificate(epsilon, part, loss=kind, sd=sd, pilot=pilot, n=n)
+    chance = 1.0 if n is None else plan.power[n]
+    if chance < plan.target:
+        hopeless = f": with fewer than {plan.floor} nothing can be certified, and nothing is translated"
+        warnings.warn(
+            f"low power: {n} sentences certify such a ticket in {chance:.0%} of cases"
+            + hopeless * (n is not None and n < plan.floor),
+            stacklevel=2,
+        )
+    return plan

@@ -17,14 +17,11 @@ import jinja2
 __all__ = ['card']
 
 # %% ../nbs/10_card.ipynb #08b29306
-def _fence(text: str, least: int) -> str:
-    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
-
-
 def _code(value: object) -> str:  # a code span that can stand in a table's cell
     text = str(value).replace("\r", " ").replace("\n", "⏎").replace("|", r"\|") or " "
     pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{_fence(text, 1)}{pad}{text}{pad}{_fence(text, 1)}"
+    fence = "`" * max([1, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _tagless(markdown: str) -> str:  # no HTML tag can open in it
@@ -91,11 +88,8 @@ Each says which rows it is about. The adapter in this folder holds the ticket's 
 {% else -%}
 None.
 {% endif %}
-{% for certificate in ticket.certificates | map("string") -%}
-{{ fence(certificate, 3) }}text
-{{ certificate }}
-{{ fence(certificate, 3) }}
-
+{% for certificate in ticket.certificates -%}
+{{ certificate.markdown() }}
 {% endfor -%}
 ## Licence and citation
 
@@ -141,7 +135,7 @@ def _making(ticket: Any, named: str) -> dict[str, Any]:  # what is None is not t
         "template": prompt and prompt.template.text,
         "languages": prompt and prompt.languages,
         **{name.replace("_", " "): getattr(recipe, name, None) for name in tuned},
-        "tuning pairs": len(ticket.sentences) or None,
+        "tuning pairs": sum(not h.startswith("~") for h in ticket.sentences) or None,  # each has a loose hash, too
         "tuned checkpoint": facts.tuned,
         "tensor": facts.tensor,
         "embedding": f"SHA-256 {facts.fingerprints['embedding'][:16]}…",
@@ -178,5 +172,5 @@ def card(ticket: Any, figures: Sequence[str] = ()) -> str:
         figures=figures,
         verdict=ticket.audit and " ".join(ticket.audit["sentence"].split()),
         report=ticket.audit and ticket.audit["report"],
-        **{"code": _code, "fence": _fence, "tagless": _tagless, "quote": quote, "repr": repr},
+        **{"code": _code, "tagless": _tagless, "quote": quote, "repr": repr},
     )

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import kslottery
-from .core import load_model, must, quiet_transformers, refuse_strangers, run_folder, whole_folder
+from .core import load_model, must, quiet_transformers, refuse_strangers, run_folder, whole_file, whole_folder
 from kslottery.run import (
     NotebookFailed,
     execute,
@@ -289,31 +290,73 @@ _Groups = Annotated[
     ),
 ]
 
+# %% ../nbs/19_cli.ipynb #3047a9e2
+_Plan = Annotated[
+    bool, typer.Option("--plan", help="Load no model: say how many sentences it takes (no ticket is needed).")
+]
+_Pilot = Annotated[
+    Path | None,
+    typer.Option(help="With --plan: losses or differences of other sentences (of tuning data, say), one a line."),
+]
+_Until = Annotated[
+    Path | None,
+    typer.Option(help="A manifest (it is written first): add sentences in its order until the certificate holds."),
+]
+_Reference = Annotated[
+    str, typer.Option(help="A checkpoint to be compared with (default: the Embed-Tuned rows in the ticket).")
+]
+_Vouched = Annotated[
+    bool,
+    typer.Option(
+        "--vouched",
+        help="The ticket records no tuning sentences, and you answer for it that the calibration sentences are others.",
+    ),
+]
+
+# %% ../nbs/19_cli.ipynb #f743b4f2
+def _say_plan(fresh, asked, figure, as_json):
+    planned = kslottery.plan_calibration(fresh, **asked)
+    if figure:
+        from kslottery.plots import plot_plan, png
+
+        with whole_file(figure) as part:
+            part.write_bytes(png(plot_plan, planned))
+    _say(planned.as_dict(), as_json, planned, *([f"The figure: {figure}"] if figure else []))
+
+
+def _numbers(path):
+    try:
+        return [float(word) for word in path.read_text(encoding="utf-8").split()] if path else None
+    except ValueError:
+        raise ValueError(f"{path} is no pilot: it must hold numbers, one loss or difference a line") from None
+
+
+def _words(one, full):  # of a certificate; and the price of looking, if sentences were added until it held
+    price = "  after {n} sentences ({n_plan} planned): {bound:.4f} at best, and {fixed_n_bound:.4f} if fixed beforehand"
+    more = [price.format(n=one.n, bound=one.bound, **one.facts)] if one.kind == "anytime" else []
+    return "\n".join([str(one), *[f"  {one.claim}"] * full, *more, ""])
+
 # %% ../nbs/19_cli.ipynb #b04e5c27
 @app.command()
 @_whole()
 def certify(
-    ticket: _Ticket,
-    calibration: _Calibration,
     epsilon: Annotated[float, typer.Option(help="The loss that is tolerated (0.02 of quality is 2 chrF points).")],
+    ticket: Annotated[Path | None, typer.Argument(help="The ticket folder.")] = None,
+    calibration: _Calibration = "",
     delta: Annotated[float, typer.Option(help="The chance of a wrong certificate that is accepted.")] = 0.05,
     ladder: _Ladder = "transfer",
-    loss: Annotated[
-        str, typer.Option(help="quality_difference, quality_shortfall, exact or tokens.")
-    ] = "quality_difference",
-    reference: Annotated[
-        str, typer.Option(help="A checkpoint to be compared with (default: the Embed-Tuned rows in the ticket).")
-    ] = "",
+    loss: Annotated[str, typer.Option(help="Or quality_shortfall, exact, tokens.")] = "quality_difference",
+    plan: _Plan = False,
+    sd: Annotated[float | None, typer.Option(help="With --plan: the spread expected (0.06: 6 points).")] = None,
+    pilot: _Pilot = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="With --plan: so many sentences.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="With --plan: a PNG of the power.")] = None,
+    until: _Until = None,
+    n_plan: Annotated[int | None, typer.Option(min=1, help="With --until: sentences planned (all).")] = None,
+    reference: _Reference = "",
     train: Annotated[str, typer.Option(help="The tuning data (default: what the ticket records).")] = "",
     groups: _Groups = None,
-    vouched: Annotated[
-        bool,
-        typer.Option(
-            "--vouched",
-            help="The ticket records no tuning sentences, and you answer for it that the calibration sentences "
-            "are others.",
-        ),
-    ] = False,
+    vouched: _Vouched = False,
     model: _Model = "",
     revision: _Revision = "",
     languages: _Languages = "",
@@ -321,39 +364,43 @@ def certify(
     limit: _Limit = 0,
     max_new_tokens: _MaxNewTokens = 0,
     batch_size: _BatchSize = None,
+    seed: _Seed = 0,
+    full: Annotated[bool, typer.Option("--full", help="Print the full sentence of each certificate, too.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Certify how close a ticket is to Embed Tuning, and how few rows are enough.
+    """Certify how close a ticket is to Embed Tuning, and how few rows are enough; or plan it.
 
     Example: kslottery certify runs/quickstart/ticket --calibration calibration.tsv --epsilon 0.02
     """
-    found = kslottery.Ticket.load(ticket)
-    prompt = _prompt(found, template, languages)
-    fresh = kslottery.load_pairs(calibration, prompt.languages, limit or None)
+    must(plan or ticket and calibration, "give a ticket and --calibration to certify, or --plan")
+    found: Any = kslottery.Ticket.load(ticket) if ticket else None
+    prompt = None if plan else _prompt(found, template, languages)
+    spoken = prompt.languages if prompt else languages or None
+    fresh: Any = kslottery.load_pairs(calibration, spoken, None if until else limit or None) if calibration else None
     settings = kslottery.CertifySettings(
         loss=loss,
         ladder=ladder,
-        train=_pairs(found, "train", train, prompt.languages) if train or ladder == "tuning" else None,
+        train=_pairs(found, "train", train, spoken) if found and (train or ladder == "tuning") else None,
         prompt=prompt,
-        generation=_generation(found, max_new_tokens=max_new_tokens, batch_size=batch_size),
-        groups=groups.read_text(encoding="utf-8").splitlines()[: len(fresh)] if groups else None,
+        generation=_generation(found, max_new_tokens=max_new_tokens, batch_size=batch_size) if found else None,
+        groups=groups.read_text(encoding="utf-8").splitlines()[: len(fresh or ())] if groups else None,
         vouched=vouched,
+        until=until,
+        n_plan=n_plan,
+        most=limit or None,
+        seed=seed,
     )
-    done = kslottery.certify_ticket(
-        _sourced(found, model, revision),
-        fresh,
-        epsilon=epsilon,
-        delta=delta,
-        reference=load_model(reference)[0] if reference else None,
-        settings=settings,
-    )
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where: typer.echo(f"kslottery: {message}", err=True)
+        if plan:
+            asked: Any = dict(epsilon=epsilon, delta=delta, sd=sd, pilot=_numbers(pilot), n=n)
+            return _say_plan(fresh, asked | {"ticket": found, "settings": settings}, figure, as_json)
+        other = load_model(reference, dtype=found.provenance.dtype)[0] if reference else None
+        more: Any = dict(epsilon=epsilon, delta=delta, reference=other, settings=settings)
+        done = kslottery.certify_ticket(_sourced(found, model, revision), fresh, **more)
     found.add_certificates(done)
-    _say(
-        [json.loads(c.to_json()) for c in done],
-        as_json,
-        *(f"{c}\n" for c in done),
-        f"Kept in {ticket / 'certificates.json'}",
-    )
+    words = [*(_words(c, full) for c in done), f"Kept in {found.folder / 'certificates.json'}"]
+    _say([json.loads(c.to_json()) for c in done], as_json, *words)
 
 # %% ../nbs/19_cli.ipynb #46727b18
 @app.command()

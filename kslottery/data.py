@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANGUAGE_NAMES', 'INSTRUCTION', 'TEMPLATES', 'Pair', 'Pairs', 'load_pairs', 'Role', 'Template', 'Prompt',
-           'language_names', 'Example', 'encode', 'encode_all', 'collate', 'token_counts', 'token_text']
+           'language_names', 'Example', 'encode', 'encode_all', 'collate', 'token_counts', 'seen_before', 'token_text']
 
 # %% ../nbs/01_data.ipynb #39f8f148
 import enum
@@ -12,6 +12,7 @@ import gzip
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,13 @@ class Pair(NamedTuple):
     def hash(self) -> str:
         """SHA-256 of the source: a sentence counts as used as soon as its source was, whatever the translation."""
         return fingerprint(self.source)
+
+    @property
+    def loose(self) -> str:
+        """ "~" and the hash of the source without what copies differ in: case, white space, punctuation at the end."""
+        text = " ".join(unicodedata.normalize("NFKC", self.source).casefold().split())
+        closing = itertools.takewhile(lambda sign: unicodedata.category(sign)[0] in "PZ", reversed(text))
+        return "~" + fingerprint(text[: len(text) - sum(1 for _ in closing)] or text)
 
 
 class Pairs(list[Pair]):
@@ -642,6 +650,25 @@ def token_counts(examples: Iterable[Example], size: int, roles: Role | tuple[Rol
     return np.bincount(
         np.fromiter((i for e in examples for i, r in zip(e.ids, e.roles) if r in wanted), np.int64), minlength=size
     )
+
+# %% ../nbs/01_data.ipynb #c1dcddc2
+def seen_before(pairs: Iterable[Pair], hashes: Iterable[str]) -> list[str]:
+    """Which sentences were used before, word for word or in another case, spacing or final punctuation.
+
+    Parameters
+    ----------
+    pairs : iterable of Pair
+        The sentences.
+    hashes : iterable of str
+        `Pair.hash` and `Pair.loose` of those used (`kslottery.ticket.Ticket.sentences`).
+
+    Returns
+    -------
+    list of str
+        The ids of the pairs that are among them.
+    """
+    known = set(hashes)
+    return [pair.id for pair in pairs if not known.isdisjoint((pair.hash, pair.loose))]
 
 # %% ../nbs/01_data.ipynb #19657199
 # The letters in which GPT-2's alphabet writes the bytes that cannot be printed; the others stand for themselves.

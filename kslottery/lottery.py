@@ -88,4 +88,4 @@ def find_ticket(
     provenance = Provenance.of(  # 5. the artefact
         model, tokenizer, ids, selection=selection, prompt=prompt, recipe=recipe, pairs=pairs, examples=examples
     )
-    return Ticket(ids, provenance, rows, embed_rows, scan, tuple(pair.hash for pair in pairs))
+    return Ticket(ids, provenance, rows, embed_rows, scan, tuple(h for p in pairs for h in (p.hash, p.loose)))

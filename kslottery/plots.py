@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['plot_scan', 'plot_rank', 'plot_pvalues', 'plot_layers', 'plot_systems', 'plot_path', 'plot_decomposition',
-           'plot_audit', 'png']
+__all__ = ['plot_scan', 'plot_rank', 'plot_pvalues', 'plot_layers', 'plot_systems', 'plot_path', 'plot_plan',
+           'plot_decomposition', 'plot_audit', 'png']
 
 # %% ../nbs/03_plots.ipynb #c2ac070c
 TICKET, REST = "C3", "0.6"  # rows, and whatever is compared with them
@@ -281,6 +281,37 @@ def plot_path(certificate: Any, ax: Axes | None = None) -> Axes:
     ax.minorticks_off()
     ax.set(xlabel="rows in the ticket", ylabel="loss")
     return _legend_below(ax, drop=6)
+
+# %% ../nbs/03_plots.ipynb #b2d53626
+def plot_plan(plan: Any, ax: Axes | None = None) -> Axes:
+    """Plot power against the number of sentences, with the floor, the number needed and the power asked for.
+
+    Parameters
+    ----------
+    plan : Plan
+        From `kslottery.certificate.plan_certificate`.
+    ax : Axes, optional
+        Where to draw (default: a new figure).
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax, 6.5, 3.2)
+    sizes = list(plan.power)
+    ax.plot(
+        sizes, list(plan.power.values()), "o-", color=WHOLE, ms=4, label=f"power at a tolerance of {plan.epsilon:g}"
+    )
+    ax.axhline(plan.target, color=REST, lw=1, ls="--", label=f"power asked for, {plan.target:g}")
+    ax.axvline(plan.floor, color=TICKET, lw=1, ls=":", label=f"{plan.floor}, the floor for equal translations")
+    if plan.needed is not None:
+        label = f"{plan.needed} sentences"
+        ax.plot(plan.needed, plan.power[plan.needed], "o", ms=12, mfc="none", mec="C2", mew=2, label=label)
+    ax.set(xscale="log", xlabel="calibration sentences", ylabel="power", ylim=(-0.03, 1.03))
+    ax.set_xticks(sizes, [str(n) for n in sizes], rotation=60, fontsize=7)
+    ax.minorticks_off()
+    _legend_below(ax, drop=6)
+    return ax
 
 # %% ../nbs/03_plots.ipynb #7264652d
 def _stack_gain(ax, y, gain, named):

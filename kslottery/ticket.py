@@ -412,8 +412,8 @@ class _Parts:
             ),
             (set(shapes) <= {(V,)}, f"the scan is of shape {shapes}: there must be a statistic for each of {V} rows"),
             (
-                all(re.fullmatch(_HASH, str(h)) for h in self.sentences),
-                "a sentence is no hash: give `Pair.hash` of each",
+                all(re.fullmatch(f"~?{_HASH}", str(h)) for h in self.sentences),
+                "a sentence is no hash: give `Pair.hash` and `Pair.loose` of each",
             ),
         )
 
@@ -794,7 +794,7 @@ class Ticket(_Folder):
     scan : Scan or None
         The scan that the ids were chosen by.
     sentences : tuple of str
-        Hashes of the tuning pairs (`Pair.hash`).
+        Hashes of the tuning pairs, `Pair.hash` and `Pair.loose` of each.
     certificates : list of Certificate
         What has been proven, see `kslottery.certificate`.
     audit : dict or None
@@ -906,7 +906,7 @@ class Ticket(_Folder):
         ValueError
             If they are not those that the ticket was tuned on.
         """
-        own, given = set(self.sentences), list(pairs)
+        own, given = {h for h in self.sentences if not h.startswith("~")}, list(pairs)
         strange = next((f" ({p.id} is not among them)" for p in given if p.hash not in own), "")
         must(
             {p.hash for p in given} == own,

@@ -22,6 +22,7 @@ from kslottery.data import (
     encode,
     encode_all,
     load_pairs,
+    seen_before,
     token_counts,
     token_text,
 )
@@ -575,3 +576,23 @@ def test_tokens_are_shown_as_text():
         shown = token_text(tok, range(len(pieces)))
         assert shown == [" Bon", "␣", "␣␣", "⏎", "\\xc3", "ü", "##ing", "⏎", "⏎", "\\xa0", "<s>"]
     assert token_text(bpe, []) == []
+
+
+def test_copies_of_a_sentence_are_recognised():
+    "In another case, spacing, width or final punctuation; other words, or punctuation inside, are another sentence."
+    one = Pair("a:1", "Don't go,  it rains.", "x")
+    copies = (
+        "don't go, it rains",
+        "DON'T GO, IT RAINS!?",
+        " Don't\u00a0go,\tit rains \u2026",
+        "Ｄon't go, it rains。",
+        "Don't go, it rains.”",
+    )
+    assert {Pair(str(i), text, "y").loose for i, text in enumerate(copies)} == {one.loose}
+    others = ("Dont go, it rains.", "Don't go; it rains.", "Don't go, it rained.", "की", "का", "!", "?", "")
+    assert len({Pair("b:1", text, "x").loose for text in (one.source, *others)}) == 1 + len(others)
+    assert one.loose[0] == "~" and len(one.loose) == 65 and one.loose != "~" + one.hash
+    pairs = [one, *(Pair(f"c:{i}", text, "y") for i, text in enumerate((*copies, *others)))]
+    assert seen_before(pairs, {one.hash}) == ["a:1"]
+    assert seen_before(pairs, [one.loose]) == ["a:1", *(f"c:{i}" for i in range(len(copies)))]
+    assert seen_before(pairs, []) == []
