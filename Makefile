@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 PORT ?= 8000
 
 .PHONY: help setup setup-browser hooks run run-real lint test test-full docs docs-serve export house notebooks dist \
-  clean bench-ks bench-bank bench-step bench-prefix audit-worlds stability
+  clean bench-ks bench-bank bench-step bench-prefix audit-worlds stability verdict
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -96,3 +96,7 @@ audit-worlds: .venv/ready ## the audit in two worlds with a known answer, three 
 
 stability: .venv/ready ## which rows of a ticket come back, over three seeds (about five minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stability.py --out benchmarks/results/stability.json
+
+verdict: .venv/ready ## how often the verdict is wrong, 2,000 samples a cell (DATA=<folder with ntrex/>: with BLEU, too)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/verdict.py $(if $(DATA),--corpus $(DATA)/ntrex) \
+	  --out benchmarks/results/verdict.json

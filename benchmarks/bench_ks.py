@@ -14,13 +14,14 @@ import os
 import platform
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
+from kslottery import ks_scan
 from kslottery.core import write_json
-from kslottery.ks import _compiled, ks_scan
 
 
 def rows(kind, V, d, seed=0):
@@ -153,7 +154,7 @@ def main():
     result = {
         "threads": os.cpu_count(),
         "machine": platform.machine(),
-        "engine": "binned (numba)" if _compiled() else "plain (numpy)",
+        "engine": "binned (numba)" if find_spec("numba") else "plain (numpy)",
         "comparisons": [compare(kind, args.rows, args.columns, args.repeats) for kind in ("independent", "tuned")],
         "growth": growth(args.rows, args.columns, args.repeats),
         "gpu": on_gpu(args.rows, args.columns, args.repeats),

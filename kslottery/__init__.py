@@ -7,13 +7,15 @@ from typing import Any
 
 _ROOMS = {
     "core": "load_model",
-    "data": "Pair Prompt load_pairs",
+    "data": "Pair Prompt encode_all load_pairs",
     "ks": "ks_scan",
+    "plots": "plot_plan plot_scan png",
     "rows": "TunedRows",
     "training": "Engine",
     "tuning": "Recipe embed_tune partial_tune partial_transfer",
-    "evaluation": "Generation translate score",
+    "evaluation": "Generation Translation translate score",
     "decomposition": "Bootstrap decompose",
+    "certificate": "certify_agreement plan_certificate",
     "ticket": "Ticket TicketBank",
     "checkpoints": "scan_checkpoints",
     "lottery": "find_ticket",

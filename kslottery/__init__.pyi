@@ -6,13 +6,20 @@ from .calibration import (
     certify_ticket as certify_ticket,
     plan_calibration as plan_calibration,
 )
+from .certificate import certify_agreement as certify_agreement, plan_certificate as plan_certificate
 from .checkpoints import scan_checkpoints as scan_checkpoints
 from .core import load_model as load_model
-from .data import Pair as Pair, Prompt as Prompt, load_pairs as load_pairs
+from .data import Pair as Pair, Prompt as Prompt, encode_all as encode_all, load_pairs as load_pairs
 from .decomposition import Bootstrap as Bootstrap, decompose as decompose
-from .evaluation import Generation as Generation, score as score, translate as translate
+from .evaluation import (
+    Generation as Generation,
+    Translation as Translation,
+    score as score,
+    translate as translate,
+)
 from .ks import ks_scan as ks_scan
 from .lottery import find_ticket as find_ticket
+from .plots import plot_plan as plot_plan, plot_scan as plot_scan, png as png
 from .rows import TunedRows as TunedRows
 from .ticket import Ticket as Ticket, TicketBank as TicketBank
 from .training import Engine as Engine

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .core import must
 from .data import Pair, Prompt, encode_all
 from .ks import ks_scan
 from .ticket import Provenance, Selection, Ticket
@@ -68,9 +67,11 @@ def find_ticket(
     Yuan et al. 2025, section 3.
     """
     recipe, selection = recipe or Recipe(), Selection(alpha=alpha, top_k=top_k)
-    must(pairs, "there are no pairs: give at least one sentence and its translation to tune on")
+    if not pairs:
+        raise ValueError("there are no pairs: give at least one sentence and its translation to tune on")
     size = len(partial_tune(model, [], [], recipe).matrix(model))  # no rows: which asks whether the mode fits the model
-    must(top_k <= size, f"top_k is {top_k} and the embedding has {size} rows: take at most that many")
+    if top_k > size:
+        raise ValueError(f"top_k is {top_k} and the embedding has {size} rows: take at most that many")
     examples = encode_all(tokenizer, prompt, pairs)
     embed_state, partial_state = (
         checkpoint and Path(checkpoint) / f"{step}.safetensors" for step in ("embed", "partial")
