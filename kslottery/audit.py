@@ -9,7 +9,6 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,8 +19,8 @@ from jinja2 import Template
 
 from .core import fingerprint, must, to_accelerator, whole_file, write_json, write_text
 from .data import INSTRUCTION, Example, Pair, Prompt, Role, encode_all, token_counts, token_text
-from .decomposition import Bootstrap, Decomposition, Interval, decompose, forced_stop, recovery
-from .evaluation import Generation, Translation, score, signatures, translate
+from .decomposition import Bootstrap, Decomposition, Interval, decompose, forced_stop, recovery, simultaneous
+from .evaluation import METRICS, Generation, Translation, score, signatures, translate
 from .ks import Scan, equal_move_null
 from .plots import plot_audit, png
 from .rows import TunedRows, sample_ids, weights_fingerprint
@@ -29,7 +28,7 @@ from .ticket import Ticket, tokenizer_fingerprint, versions
 from .tuning import active_ids, tune_rows
 
 # %% auto #0
-__all__ = ['CHANNELS', 'ARMS', 'THRESHOLDS', 'opportunity', 'ArmKind', 'Arm', 'Check', 'AuditSettings', 'count_matched',
+__all__ = ['CHANNELS', 'ARMS', 'SUSPICIONS', 'opportunity', 'ArmKind', 'Arm', 'Check', 'AuditSettings', 'count_matched',
            'plan_arms', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket', 'overlap', 'template_membership',
            'template_transfer']
 
@@ -89,11 +88,11 @@ class ArmKind(NamedTuple):
     channel : str
         Where they may be read, a name in `CHANNELS`.
     check : str or None
-        The check that the arm belongs to, a name in `THRESHOLDS`; None for an arm that is only reported.
+        The check that the arm belongs to, a name in `SUSPICIONS`; None for an arm that is only described.
     against : str
         The arm whose gain it is compared with.
     fast : bool
-        Whether the verdict needs it, so that a short audit has it too.
+        Whether a short audit has it, too.
     """
 
     label: str
@@ -191,111 +190,99 @@ class Arm:
         )
 
 # %% ../nbs/14_audit.ipynb #d581d6bd
-_QUESTIONS = {  # name: question, threshold, whether the verdict rests on it, answer
-    "gain": (
-        "Is there a gain?",
-        1.0,
-        True,
-        "the ticket changes the score by {1.value:+.1f} BLEU ({1.low:+.1f} to {1.high:+.1f})",
-    ),
-    "stopping": ("Is it content?", 0.5, True, "{} of the gain is the model learning to stop"),
-    "template": (
-        "Do the rows need the sentences?",
-        0.5,
-        True,
-        "read only in the template and never in a sentence, the rows recover {} of the gain",
-    ),
-    "controls": ("Do other rows do the same?", 0.5, True, "as many words tuned instead ({arm}) recover {}"),
-    "noise": ("Does any change of these rows do the same?", 0.5, True, "{arm} in the same rows recovers {}"),
-    "one_row": ("Does one row do the same?", 0.8, False, "one row alone ({arm}) recovers {}"),
-    "selection": ("Do other rows of the prompt do the same?", 0.8, False, "as many {arm} recover {}"),
-    "necessary": (
-        "Is the ticket missed in the tuned model?",
-        0.5,
-        False,
-        "with the ticket's rows put back, Embed Tuning keeps {} of its gain",
-    ),
-    "replaceable": (
-        "Is the ticket missed in tuning?",
-        0.5,
-        False,
-        "with the ticket frozen and all other rows tuned, Embed Tuning keeps {} of its gain",
-    ),
-    "ranking": (
-        "Is the ranking more than the size of rows?",
-        0.5,
-        False,
-        "{} of the ticket's rows would be selected had all rows moved equally far",
-    ),
+SUSPICIONS = {  # name: what is found if one of its arms does at least half
+    "template": "carried by the prompt's rows",
+    "controls": "other rows do at least half",
+    "noise": "a blind change of these rows does at least half",
+    "one_row": "one row alone does at least half",
+    "necessary": "Embed Tuning without these rows does at least half",
+    "replaceable": "all other rows, tuned without these, do at least half",
+    "selection": "other rows of the prompt do at least half",
+    "ranking": "the size of the rows alone selects at least half of them",
 }
-THRESHOLDS = {name: threshold for name, (_, threshold, *_) in _QUESTIONS.items()}
+_LISTED = ("selection", "ranking")  # they stand below the bold line
 
 # %% ../nbs/14_audit.ipynb #8e61b0fa
 class Check(NamedTuple):
-    """One line of the verdict.
+    """One of the checks of an audit.
 
     Parameters
     ----------
     name : str
-        A name in `THRESHOLDS`.
-    question : str
-        What is asked.
+        A name in `SUSPICIONS`.
+    finding : str
+        What it looks for.
     result : str
-        "pass", "fail" or "cannot tell".
+        "found", "cannot tell" or "not found".
     value : Interval or None
-        The number with its interval.
-    threshold : float
-        Where the number must stay below (for the gain: above).
+        What the arm that decided does beyond half, in points of the metric; for the ranking a share of the rows.
     sentence : str
         The answer in words.
-    decisive : bool
-        Whether the verdict rests on it.
     """
 
     name: str
-    question: str
+    finding: str
     result: str
     value: Interval | None
-    threshold: float
     sentence: str
-    decisive: bool
 
 
-def _judge(value: Interval | None, threshold: float) -> str:
-    if value is None or value.value is None:
-        return "cannot tell"
-    return "pass" if value.high < threshold else "fail" if value.low > threshold else "cannot tell"
-
-
-# A line of the verdict, by its name: judged as a share and put in words, unless both are given.
-def _check(name, limits, value, result=None, said=None, arm="") -> Check:
-    question, _, decisive, phrase = _QUESTIONS[name]
-    unknown = value is None or value.value is None
-    share = "an unknown share" if unknown else "{:z.0%} ({:z.0%} to {:z.0%})".format(*value)
-    said = said or phrase.format(share, value, arm=arm)
-    return Check(
-        name,
-        question,
-        result or _judge(value, limits[name]),
-        value,
-        limits[name],
-        f"{said[0].upper()}{said[1:]}.",
-        decisive,
-    )
+def _judge(value: Interval, guard: float = 0.0) -> str:
+    below = value.high < 0 and value.value < -guard
+    return "found" if value.low > 0 and value.value > guard else "not found" if below else "cannot tell"
 
 # %% ../nbs/14_audit.ipynb #75cf3907
-_VERDICTS = {  # what a result makes of the ticket, the worst first
-    "fail": ("artefact", "An artefact"),
-    "cannot tell": ("cannot tell", "Cannot tell"),
-    "pass": ("real", "A real ticket"),
-}
+def _beyond_half(key: str) -> dict[str, dict[str, float]]:
+    return {
+        "gain": {key: 1, "ticket": -0.5, "base": -0.5},
+        "first line": {f"{key}, line": 1, "ticket, line": -0.5, "base, line": -0.5},
+        "forced stop": {key: 1, f"{key}, cut": -1, "ticket": -0.5, "ticket, cut": 0.5},
+    }
 
 
-def _arm_check(name, arms, recoveries, limits) -> Check:
-    found = [(recoveries[a.key], a.label) for a in arms if a.check == name]
-    goodness = lambda one: ([*_VERDICTS].index(_judge(one[0], limits[name])), -(one[0].value or 0.0))
-    value, label = min(found, key=goodness, default=(None, ""))
-    return _check(name, limits, value, said="" if found else "no arm of this audit can say", arm=label)
+# The parts of the gain in which the verdict wants arms to be compared.
+def _parts(gained: Decomposition) -> tuple[str, ...]:
+    parts = {"stopping": ("gain",), "content": (gained.rule,), "mixed": ("gain", gained.rule), "cannot tell": ("gain",)}
+    return parts.get(gained.verdict, ()) if gained.whole.low > 0 else ()
+
+
+# For each of these parts what every arm does beyond half, by its key; the intervals of a part hold together.
+def _contrasts(texts, arms, gained, tokenizer, pairs, **how) -> dict[str, dict[str, Interval]]:
+    systems: dict[str, tuple] = {}
+    for key, said in texts.items():
+        cut = forced_stop(texts["base"], said, tokenizer)
+        systems |= {key: (said, "whole"), f"{key}, line": (said, "first_line"), f"{key}, cut": (cut, "whole")}
+    rules = {"gain": ("gain",), gained.rule: tuple(gained.rules)}
+    keys, found = [arm.key for arm in arms if arm.check], {}
+    for part in _parts(gained):
+        weights = {f"{rule}: {key}": _beyond_half(key)[rule] for rule in rules[part] for key in keys}
+        used = {name: systems[name] for weighed in weights.values() for name in weighed}
+        together = simultaneous(used, weights, pairs, **how) if keys else {}
+        found[part] = {key: together[f"{part}: {key}"] for key in keys}
+    return found
+
+# %% ../nbs/14_audit.ipynb #dc0d4df1
+_RESULTS = ("found", "cannot tell", "not found")  # the worst first
+
+
+# An arm does at least half if it does so in all parts, and does not if it does not in one; and its least part.
+def _arm_result(arm, contrasts, guard) -> tuple[str, Interval]:
+    values = sorted(found[arm.key] for found in contrasts.values())
+    return max((_judge(value, guard) for value in values), key=_RESULTS.index), values[0]
+
+
+def _arm_check(name, arms, contrasts, guard) -> Check:
+    judged = sorted(
+        ((*_arm_result(arm, contrasts, guard), arm.label) for arm in arms if contrasts and arm.check == name),
+        key=lambda said: (_RESULTS.index(said[0]), -said[1].value),
+    )
+    if not judged:
+        why = "No arm of this audit asks." if contrasts else "There is no gain to compare with."
+        return Check(name, SUSPICIONS[name], "cannot tell", None, why)
+    result, value, label = judged[0]
+    part = " and ".join("gain" if part == "gain" else "content" for part in contrasts)
+    said = "{}: {:+z.1f} ({:+z.1f} to {:+z.1f}) from half of the ticket's {}."
+    return Check(name, SUSPICIONS[name], result, value, said.format(label[0].upper() + label[1:], *value, part))
 
 # %% ../nbs/14_audit.ipynb #1b9f7c42
 @dataclass(frozen=True)
@@ -305,15 +292,20 @@ class AuditSettings:
     Parameters
     ----------
     fast : bool, default False
-        The first 50 test sentences, at most 200 bootstrap samples, and only the arms that the verdict needs.
+        50 test sentences, drawn by the seed of the bootstrap (whole documents, if there are groups), and fewer arms.
     prompt : Prompt, optional
         What to test under; default: the ticket's own prompt, which the controls are trained under in any case.
     generation : Generation, optional
         How texts are generated; default: as the ticket records, else the defaults of `Generation`.
     bootstrap : Bootstrap
         The resampling of the test sentences. Its seed is that of the draws, too.
-    thresholds : dict of str to float
-        What replaces some of `THRESHOLDS`.
+    metric : str or function, default "bleu"
+        What the verdict counts in, as in `decompose`: a name in `kslottery.evaluation.METRICS`, or
+        ``metric(texts, references)``, in points from 0 to 100.
+    delta : float, default 1.0
+        Points of the metric that count as no change.
+    groups : sequence, optional
+        The document of each test sentence. Documents are taken as independent, their sentences are not.
     singles : int, default 4
         How many rows of the ticket are tuned alone, best first.
     draws : int, default 3
@@ -326,22 +318,22 @@ class AuditSettings:
     Raises
     ------
     ValueError
-        If there is no such threshold, a number is too small, or the plan lacks base and ticket or has one key twice.
+        If a number is too small, or the plan lacks base and ticket or has one key twice.
     """
 
     fast: bool = False
     prompt: Prompt | None = None
     generation: Generation | None = None
     bootstrap: Bootstrap = Bootstrap()
-    thresholds: dict[str, float] = field(default_factory=dict)
+    metric: str | Callable[[list[str], list[str]], Any] = "bleu"
+    delta: float = 1.0
+    groups: Sequence[Any] | None = None
     singles: int = 4
     draws: int = 3
     progress: bool = True
     arms: tuple[Arm, ...] | None = None
 
     def __post_init__(self):
-        for name in sorted(self.thresholds):
-            must(name in THRESHOLDS, f"there is no threshold {name!r}: choose {', '.join(THRESHOLDS)}")
         must(
             self.singles >= 0 and self.draws >= 1,
             f"singles is {self.singles} and draws {self.draws}: give at least 0 and 1",
@@ -380,7 +372,8 @@ def count_matched(counts: Iterable[int], ids: Iterable[int], pool: Iterable[int]
 
     References
     ----------
-    A control of the study of 2026; the way of matching is ours.
+    A control of the study of 2026 (unreviewed; repository Nhckdvrl/ssn-group-papaer, commit 81e319fd); the way of
+    matching is ours.
     """
     return np.sort(np.array([partner for _, partner in _partners(counts, ids, pool)], dtype=np.int64))
 
@@ -456,7 +449,7 @@ def plan_arms(
     References
     ----------
     Frequent rows and the frozen ticket: Yuan et al. 2025. Gates, noise, count-matched and single rows: the study of
-    2026.
+    2026 (unreviewed; repository Nhckdvrl/ssn-group-papaer, commit 81e319fd).
     """
     settings = settings or AuditSettings()
     return [
@@ -530,15 +523,44 @@ def null_overlap(model: Any, ticket: Ticket, draws: int = 5, seed: int = 0) -> I
     return Interval(float(np.mean(shares)), min(shares), max(shares))
 
 # %% ../nbs/14_audit.ipynb #834e46fb
-def _verdict(checks: list[Check]) -> tuple[str, str]:
-    reason = lambda some: "; ".join(c.sentence[0].lower() + c.sentence[1:-1] for c in some)
-    gain, *others = [c for c in checks if c.decisive]
-    if gain.result != "pass":
-        word = "no gain" if gain.result == "fail" else "cannot tell"
-        return word, f"{word.capitalize()}: {reason([gain])}, so there is nothing to explain."
-    result = min((c.result for c in others), key=[*_VERDICTS].index)
-    word, said = _VERDICTS[result]
-    return word, f"{said}: {reason(c for c in others if c.result == result)}."
+_SAID = Template(  # the bold line, then the lines below it
+    """
+{%- macro named(some) %}{{ some | map(attribute="finding") | join("; ") }}{% endmacro %}
+{%- set asked = checks | selectattr("value") | list %}
+{%- set arms = checks | rejectattr("name", "eq", "ranking") | map(attribute="result") | list %}
+{%- set silent = arms | select("eq", "cannot tell") | list | length %}
+{%- set bold = checks | rejectattr("name", "in", listed) | selectattr("result", "eq", "found") %}
+{%- set found = named(bold) %}
+{{- gained.sentence }}
+{%- if found %} {{ found[0] | upper ~ found[1:] if gained.verdict == "stopping" else "But: " ~ found }}.
+{%- elif gained.verdict == "content" and "found" not in arms %} No artefact found by these checks
+{#- #} ({{ arms | length - silent }} of {{ arms | length }} could tell).
+{%- endif %}
+
+{% for note in gained.notes %}
+{{ note }}
+{% endfor %}
+{% for c in checks if c.name in listed and c.result == "found" %}
+{{ c.finding[0] | upper ~ c.finding[1:] }}: {{ c.sentence[0] | lower ~ c.sentence[1:] }}
+{% endfor %}
+{% for heading, some in (
+    ("Not found", asked | selectattr("result", "eq", "not found")),
+    ("Cannot tell", asked | selectattr("result", "eq", "cannot tell")),
+    ("Not asked", checks | rejectattr("value")),
+) if parts %}
+{% set names = named(some) %}
+{{ heading ~ ": " ~ names ~ "." if names }}
+{% endfor %}
+One training seed, one metric ({{ gained.metric }}, delta {{ "%g" | format(gained.delta) }}),
+{#- #} {{ gained.n }} test sentences: others may say otherwise.
+""",
+    trim_blocks=True,
+)
+
+
+def _said(gained: Decomposition, checks: list[Check]) -> tuple[str, list[str]]:
+    bold, *lines = _SAID.render(gained=gained, checks=checks, parts=_parts(gained), listed=_LISTED).splitlines()
+    return bold, [line for line in lines if line]
 
 # %% ../nbs/14_audit.ipynb #ec8cdb59
 _REPORT = Template(
@@ -546,20 +568,26 @@ _REPORT = Template(
 {%- macro cell(text) %}{{ text | replace("|", "\\|") | replace("<", "&lt;") }}{% endmacro -%}
 **{{ cell(audit.sentence) }}**
 
-| check | result | |
-|---|---|---|
-{% for c in audit.checks %}
-| {{ cell(c.question) }}{{ "" if c.decisive else " (*)" }} | {{ c.result }} | {{ cell(c.sentence) }} |
+{% for line in audit.lines %}
+* {{ cell(line) }}
 {% endfor %}
 
-(*) reported, but the verdict does not rest on it.
+| looked for | | |
+|---|---|---|
+{% for c in audit.checks %}
+| {{ cell(c.finding) }} | {{ c.result }} | {{ cell(c.sentence) }} |
+{% endfor %}
+{% if full %}
+{% set own = audit.decomposition.metric %}
+{% set metric = own if own in audit.scores.base.whole else "bleu" %}
 
-| arm | rows | occur | read where | whole | first line | stops | recovery |
+| arm | rows | occur | read where | {{ metric }}, whole | first line | stops | recovery |
 |---|---:|---:|---|---:|---:|---:|---:|
 {% for a in audit.arms %}
 {% set scores, share = audit.scores[a.key], audit.recoveries[a.key] %}
 {% set occur, where = audit.facts["arms"][a.key]["median_count"], a.channel if a.ids else "" %}
-{% set found = "%.1f | %.1f | %.0f%%" | format(scores.whole.bleu, scores.first_line.bleu, 100 * scores.eos_rate) %}
+{% set found = [scores.whole[metric], scores.first_line[metric], 100 * scores.eos_rate] %}
+{% set found = "%.1f | %.1f | %.0f%%" | format(*found) %}
 {% set span = "{:z.2f} [{:z.2f}, {:z.2f}]" if share and share.value is not none else "cannot tell" if share else "" %}
 | {{ cell(a.label) }} | {{ a.ids | length }} | {{ occur }} | {{ where }} | {{ found }} | {{ span.format(*share) }} |
 {% endfor %}
@@ -569,6 +597,7 @@ _REPORT = Template(
 {% for name, reads in audit.opportunity.items() %}
 | {{ name }} | {{ "%.1f" | format(reads) }} |
 {% endfor %}
+{% endif %}
 """,
     trim_blocks=True,
     keep_trailing_newline=True,
@@ -588,17 +617,22 @@ class Audit:
     scores : dict of str to Scores
         The scores of each arm, by its key.
     recoveries : dict of str to Interval
-        What each arm recovers of the gain it is compared with (whole continuation), by its key.
+        What each arm recovers of the gain it is compared with (whole continuation), by its key. They describe.
+    contrasts : dict of str to dict of str to Interval
+        For each part of the gain that the verdict asks for ("gain", or the rule by which content is counted): what each
+        arm with a check does beyond half, in points of the metric, by its key. Those of one part hold together.
     decomposition : Decomposition
         Of the ticket's gain.
     opportunity : dict of str to float
         Reads of a ticket row per sentence, by channel.
     checks : list of Check
-        The lines of the verdict.
+        What was looked for, in the order of `SUSPICIONS`.
     verdict : str
-        "real", "artefact", "no gain" or "cannot tell".
+        The word of the decomposition.
     sentence : str
-        The verdict in words.
+        The bold line: the sentence of the decomposition, and what the checks found.
+    lines : list of str
+        What stands below it: notes, what was not found, what cannot be told, what all of it rests on.
     facts : dict
         Settings, versions, signatures.
     """
@@ -607,19 +641,21 @@ class Audit:
     translations: dict[str, list[Translation]]
     scores: dict[str, Any]
     recoveries: dict[str, Interval]
+    contrasts: dict[str, dict[str, Interval]]
     decomposition: Decomposition
     opportunity: dict[str, float]
     checks: list[Check]
     verdict: str
     sentence: str
+    lines: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return "\n".join([self.sentence, *(f"{c.result:>13}  {c.question} {c.sentence}" for c in self.checks)])
+        below = (f"* {line}" for line in self.lines)
+        return "\n".join([self.sentence, *below, *(f"{c.result:>11}  {c.finding}. {c.sentence}" for c in self.checks)])
 
-    def _repr_html_(self) -> str:
-        lines = ("".join(f"<td>{escape(x)}</td>" for x in (c.question, c.result, c.sentence)) for c in self.checks)
-        return f"<p><b>{escape(self.sentence)}</b></p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    def _repr_markdown_(self) -> str:
+        return self.table(full=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the texts, JSON-ready.
@@ -634,6 +670,7 @@ class Audit:
         return {
             "verdict": self.verdict,
             "sentence": self.sentence,
+            "lines": self.lines,
             "checks": [{**c._asdict(), "value": plain(c.value)} for c in self.checks],
             "arms": {
                 a.key: {
@@ -642,6 +679,7 @@ class Audit:
                     "size": len(a.ids),
                     **self.scores[a.key],
                     "recovery": plain(self.recoveries.get(a.key)),
+                    "beyond_half": {part: plain(found.get(a.key)) for part, found in self.contrasts.items()},
                     **self.facts["arms"][a.key],
                 }
                 for a in self.arms
@@ -652,9 +690,20 @@ class Audit:
             **{name: fact for name, fact in self.facts.items() if name != "arms"},
         }
 
-    def table(self) -> str:
-        "The report in Markdown: the verdict, the checks, the arms, the channels."
-        return _REPORT.render(audit=self)
+    def table(self, full: bool = True) -> str:
+        """The report in Markdown.
+
+        Parameters
+        ----------
+        full : bool, default True
+            Whether the arms and the channels follow what is said and what was looked for.
+
+        Returns
+        -------
+        str
+            Scores are in the metric of the audit; in BLEU where that is a function.
+        """
+        return _REPORT.render(audit=self, full=full)
 
 # %% ../nbs/14_audit.ipynb #108808c4
 def _own(ticket: Ticket) -> TunedRows:
@@ -757,13 +806,36 @@ def _translated(bench, arms, folder):
         arm.key: forced_stop(texts["base"], texts["ticket"], bench.tokenizer) for arm in arms if arm.rows == "cut"
     }
 
+# %% ../nbs/14_audit.ipynb #add63f25
+# The numbers of at least so many sentences, drawn by documents if there are groups.
+def _drawn(groups, seed, wanted) -> np.ndarray:
+    unit = np.unique([repr(group) for group in groups], return_inverse=True)[1]
+    order = np.random.default_rng(seed).permutation(int(unit.max()) + 1)
+    filled = np.searchsorted(np.cumsum(np.bincount(unit)[order]), wanted)
+    return np.flatnonzero(np.isin(unit, order[: filled + 1]))
+
+# %% ../nbs/14_audit.ipynb #67db6a50
+def _gained(base, tuned, test, settings, tokenizer=None) -> Decomposition:
+    return decompose(
+        base,
+        tuned,
+        test,
+        metric=settings.metric,
+        delta=settings.delta,
+        groups=settings.groups,
+        tokenizer=tokenizer,
+        bootstrap=settings.bootstrap,
+    )
+
 # %% ../nbs/14_audit.ipynb #3b950b0e
 # What the arms have in common; what cannot be audited is refused before a model is loaded.
 def _bench(ticket, test, train, model, tokenizer, settings):
     _own(ticket)
-    test, train = list(test)[: 50 if settings.fast else None], list(train or [])
+    test, train = list(test), list(train or [])
     seen = {*ticket.sentences, *(p.hash for p in train)}
     must(test, "there are no test sentences: an audit needs some that nothing was tuned on")
+    nothing, everything = ([Translation(p.id, p.target * said, True) for p in test] for said in (0, 1))
+    _gained(nothing, everything, test, settings)
     if used := [p.id for p in test if p.hash in seen]:
         raise ValueError(
             f"{len(used)} test sentences were used for tuning (first: {used[0]}): remove them from the test data"
@@ -773,11 +845,13 @@ def _bench(ticket, test, train, model, tokenizer, settings):
     for arm in settings.arms or ():
         why = _obstacle(arm, ticket, bool(train))
         must(why is None, f"the arm {arm.key} cannot be run: {why}")
+    groups = range(len(test)) if settings.groups is None else list(settings.groups)
+    drawn = _drawn(groups, settings.bootstrap.seed, 50 if settings.fast else len(test))
+    test = [test[i] for i in drawn]
     own = ticket.provenance.prompt or settings.prompt or ticket.prompt  # what the controls are tuned under
     model, tokenizer = ticket.base(model, tokenizer)
     train_set, test_set = encode_all(tokenizer, own, train), encode_all(tokenizer, settings.prompt or own, test)
     arms = settings.arms or plan_arms(tokenizer, ticket, train_set or test_set, settings, train=bool(train))
-    samples = min(settings.bootstrap.samples, 200) if settings.fast else settings.bootstrap.samples
     return SimpleNamespace(
         ticket=ticket,
         model=to_accelerator(model),
@@ -785,9 +859,9 @@ def _bench(ticket, test, train, model, tokenizer, settings):
         settings=replace(
             settings,
             arms=tuple(arms),
+            groups=None if settings.groups is None else [groups[i] for i in drawn],
             prompt=settings.prompt or own,
             generation=settings.generation or ticket.provenance.generation or Generation(),
-            bootstrap=replace(settings.bootstrap, samples=samples),
         ),
         train_set=train_set,
         test=test,
@@ -795,31 +869,38 @@ def _bench(ticket, test, train, model, tokenizer, settings):
     )
 
 # %% ../nbs/14_audit.ipynb #5f1e88d0
+def _ranking(share: Interval | None) -> Check:
+    if share is None:
+        return Check("ranking", SUSPICIONS["ranking"], "cannot tell", None, "The ticket has no Embed-Tuned rows.")
+    said = "{:.0%} ({:.0%} to {:.0%}) of them would be selected had all rows moved equally far.".format(*share)
+    return Check("ranking", SUSPICIONS["ranking"], _judge(Interval(*np.subtract(share, 0.5))), share, said)
+
+
 def _judged(bench, texts, facts) -> Audit:
-    arms, part, test, limits = bench.settings.arms, bench.settings.bootstrap, bench.test, facts["thresholds"]
-    compared = [a for a in arms if a.rows != "none" and a.against in texts]
-    recoveries = {
-        a.key: recovery(texts["base"], texts[a.against], texts[a.key], test, bootstrap=part) for a in compared
-    }
-    gained = decompose(texts["base"], texts["ticket"], test, bootstrap=part)
-    result = "pass" if gained.whole.low > 0 else "fail" if gained.whole.high < limits["gain"] else "cannot tell"
-    special = {
-        "gain": _check("gain", limits, gained.whole, result),
-        "stopping": _check("stopping", limits, gained.share),
-        "ranking": _check("ranking", limits, null_overlap(bench.model, bench.ticket, seed=part.seed)),
-    }
-    checks = [special.get(name) or _arm_check(name, compared, recoveries, limits) for name in limits]
-    if result != "pass":  # without a gain there is nothing to share out
-        checks = [c if c.name in ("gain", "ranking") else c._replace(result="cannot tell") for c in checks]
+    asked, test = bench.settings, bench.test
+    how = {"metric": asked.metric, "groups": asked.groups, "bootstrap": asked.bootstrap}
+    gained = _gained(texts["base"], texts["ticket"], test, asked, bench.tokenizer)
+    contrasts = _contrasts(texts, asked.arms, gained, bench.tokenizer, test, **how)
+    checks = [
+        *(_arm_check(name, asked.arms, contrasts, 150 / gained.units) for name in SUSPICIONS if name != "ranking"),
+        _ranking(null_overlap(bench.model, bench.ticket, seed=asked.bootstrap.seed)),
+    ]
+    metrics = sorted({"bleu", "chrf", gained.metric} & {*METRICS})
     return Audit(
-        list(arms),
+        list(asked.arms),
         texts,
-        {key: score(t, test) for key, t in texts.items()},
-        recoveries,
+        {key: score(said, test, metrics=metrics) for key, said in texts.items()},
+        {
+            arm.key: recovery(texts["base"], texts[arm.against], texts[arm.key], test, **how)
+            for arm in asked.arms
+            if arm.rows != "none" and arm.against in texts
+        },
+        contrasts,
         gained,
         opportunity(bench.test_set, bench.ticket.ids, texts["ticket"]),
         checks,
-        *_verdict(checks),
+        gained.verdict,
+        *_said(gained, checks),
         facts,
     )
 
@@ -850,7 +931,7 @@ def audit_ticket(
         A folder that gets `arms/KEY.json` (texts and fingerprint), `audit.json`, `audit.md` and `audit.png`; default:
         `audit` in the ticket's folder. A ticket that was neither saved nor loaded keeps nothing.
     settings : AuditSettings, optional
-        Arms, prompt, generation, resampling and thresholds.
+        Arms, prompt, generation, metric and resampling.
 
     Returns
     -------
@@ -861,16 +942,17 @@ def audit_ticket(
     ------
     ValueError
         If the ticket is empty, has no rows or was made for another model; if test sentences were used for tuning, or
-        training pairs are not the ticket's; or if the ticket does not allow an arm of the settings.
+        training pairs are not the ticket's; if the ticket does not allow an arm of the settings, the groups are not
+        one for each sentence, or the metric returns something that is no score.
 
     References
     ----------
-    The study of 2026; `plan_arms`, `decompose` and `null_overlap` say what is added to it.
+    The study of 2026 (unreviewed; repository Nhckdvrl/ssn-group-papaer, commit 81e319fd); `plan_arms`, `decompose`,
+    `simultaneous` and `null_overlap` say what is added to it.
     """
     bench = _bench(ticket, test, train, model, tokenizer, settings or AuditSettings())
     asked, counts = bench.settings, token_counts(bench.train_set or bench.test_set, ticket.provenance.V)
     facts = {
-        "thresholds": THRESHOLDS | asked.thresholds,
         "settings": {
             **asdict(asked.generation),
             **asdict(asked.bootstrap),
@@ -942,8 +1024,9 @@ def template_membership(scan: Scan, examples: Sequence[Example]) -> dict[str, An
     -------
     dict
         "template" and "matched": the median rank of the statistic among the rows that occur (1 is best). "pairs": their
-        number. "wilcoxon_pvalue": one-sided, of the pairs; None for fewer than 2. "rank_shift": ranks gained by
-        membership at an equal rank of the count (least squares). "rank_shift_pvalue": two-sided.
+        number. "wilcoxon_pvalue": one-sided, of the pairs; None where "wilcoxon_reason" says why there is none: fewer
+        than 2 pairs, or counts that differ by more than a tenth in more than a tenth of them. "rank_shift": ranks
+        gained by membership at an equal rank of the count (least squares). "rank_shift_pvalue": two-sided.
 
     Raises
     ------
@@ -966,7 +1049,9 @@ def template_membership(scan: Scan, examples: Sequence[Example]) -> dict[str, An
     rank = np.zeros(len(counts))
     rank[active] = scipy.stats.rankdata(-scan.statistic[active])
     pairs = np.array(_partners(counts, ids, pool))
-    test = scipy.stats.wilcoxon(*scan.statistic[pairs].T, alternative="greater") if len(pairs) > 1 else None
+    alike = int((np.abs(np.diff(np.log(counts[pairs]))) <= np.log(1.1)).sum())  # counts that differ by at most a tenth
+    sound = len(pairs) > 1 and alike >= 0.9 * len(pairs)
+    test = scipy.stats.wilcoxon(*scan.statistic[pairs].T, alternative="greater") if sound else None
     x = np.column_stack([np.ones(len(active)), inside[active], scipy.stats.rankdata(-counts[active])])
     fit, free = np.linalg.lstsq(x, rank[active], rcond=None)[0], max(1, len(active) - 3)
     shift, residual = fit[1], rank[active] - x @ fit
@@ -975,7 +1060,8 @@ def template_membership(scan: Scan, examples: Sequence[Example]) -> dict[str, An
         "template": float(np.median(rank[pairs[:, 0]])),
         "matched": float(np.median(rank[pairs[:, 1]])),
         "pairs": len(pairs),
-        "wilcoxon_pvalue": float(test.pvalue) if test else None,
+        "wilcoxon_pvalue": test and float(test.pvalue),
+        "wilcoxon_reason": None if sound else f"{alike} of {len(pairs)} tokens have a partner that occurs as often",
         "rank_shift": float(-shift),
         "rank_shift_pvalue": float(2 * scipy.stats.t.sf(abs(shift) / error, free)) if error > 0 else 0.0,
     }
@@ -1007,7 +1093,7 @@ def template_transfer(
         A folder; each prompt's texts are kept in it under its name, and taken over by a second run; default: `transfer`
         in the ticket's folder. A ticket that was neither saved nor loaded keeps nothing.
     settings : AuditSettings, optional
-        Generation and resampling.
+        Generation, metric and resampling.
 
     Returns
     -------
@@ -1021,7 +1107,7 @@ def template_transfer(
 
     References
     ----------
-    The study of 2026, there with one paraphrase.
+    The study of 2026 (unreviewed; repository Nhckdvrl/ssn-group-papaer, commit 81e319fd), there with one paraphrase.
     """
     arms, gains = (Arm("base"), Arm("ticket", tuple(ticket.ids.tolist()))), {}
     asked = replace(settings or AuditSettings(), arms=arms, prompt=next(iter(prompts.values())))
@@ -1032,5 +1118,5 @@ def template_transfer(
             bench.settings = replace(bench.settings, prompt=prompt)
             bench.test_set = encode_all(bench.tokenizer, prompt, bench.test)
             texts = _translated(bench, arms, folder / name / "arms")
-            gains[name] = decompose(texts["base"], texts["ticket"], bench.test, bootstrap=bench.settings.bootstrap)
+            gains[name] = _gained(texts["base"], texts["ticket"], bench.test, bench.settings, bench.tokenizer)
     return gains

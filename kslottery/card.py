@@ -104,7 +104,7 @@ Method: Yuan et al., KS-Lottery, NAACL 2025 ([arXiv 2402.02801](https://arxiv.or
 )
 
 # %% ../nbs/10_card.ipynb #e69db844
-def _header(facts: Any, audited: bool) -> str:
+def _header(facts: Any, audit: dict[str, Any] | None) -> str:
     from huggingface_hub import ModelCardData
 
     languages = (facts.prompt and facts.prompt.languages) or ""
@@ -115,7 +115,7 @@ def _header(facts: Any, audited: bool) -> str:
         tags=["kslottery", "trainable-tokens", *(["translation"] if languages else [])],
         language=[code for code in languages.split("-") if re.fullmatch("[a-z]{2,3}", code)] or None,
         license=facts.license,
-        metrics=["bleu", "chrf"] if audited else None,
+        metrics=sorted({"bleu", "chrf", audit.get("decomposition", {}).get("metric", "bleu")}) if audit else None,
     ).to_yaml()
 
 
@@ -166,7 +166,7 @@ def card(ticket: Any, figures: Sequence[str] = ()) -> str:
         facts=facts,
         named=named,
         k=len(ticket.ids),
-        header=_header(facts, bool(ticket.audit)),
+        header=_header(facts, ticket.audit),
         rows=[{name: forms.get(name, str)(value) for name, value in row.items()} for row in best],
         making=_making(ticket, named),
         figures=figures,

@@ -285,7 +285,7 @@ _Ladder = Annotated[
 _Groups = Annotated[
     Path | None,
     typer.Option(
-        help="A text file with the document of each calibration pair, one name a line: "
+        help="A text file with the document of each sentence pair, one name a line: "
         "documents are then the independent units."
     ),
 ]
@@ -402,24 +402,32 @@ def certify(
     words = [*(_words(c, full) for c in done), f"Kept in {found.folder / 'certificates.json'}"]
     _say([json.loads(c.to_json()) for c in done], as_json, *words)
 
+# %% ../nbs/19_cli.ipynb #1c4738eb
+_Tuned = Annotated[
+    str,
+    typer.Option(
+        help="The ticket's tuning data, for the controls that must be trained "
+        "(default: what the ticket records; 'none': do without them)."
+    ),
+]
+_Fast = Annotated[
+    bool,
+    typer.Option("--fast", help="50 sentences, drawn by the seed (whole documents with --groups), and fewer arms."),
+]
+_Metric = Annotated[str, typer.Option(help="What the verdict counts in: bleu, chrf, chrf++, ter, spbleu or spbleu200.")]
+
 # %% ../nbs/19_cli.ipynb #46727b18
 @app.command()
 def audit(
     ticket: _Ticket,
-    train: Annotated[
-        str,
-        typer.Option(
-            help="The ticket's tuning data, for the controls that must be trained "
-            "(default: what the ticket records; 'none': do without them)."
-        ),
-    ] = "",
+    train: _Tuned = "",
     test: Annotated[
         str, typer.Option(help="Sentence pairs that nothing was tuned on (default: what the ticket records).")
     ] = "",
-    fast: Annotated[
-        bool,
-        typer.Option("--fast", help="50 sentences, 200 bootstrap samples, and only the arms that the verdict needs."),
-    ] = False,
+    fast: _Fast = False,
+    metric: _Metric = "bleu",
+    delta: Annotated[float, typer.Option(help="Points of the metric that count as no change.")] = 1.0,
+    groups: _Groups = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder for texts, numbers, report and figure (default: TICKET/audit).")
     ] = None,
@@ -437,7 +445,7 @@ def audit(
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
-    """Tell a real ticket from an artefact: where its rows act, what other rows do, and where the gain comes from.
+    """Say where a ticket's gain comes from, where its rows act, and what does at least half of it more simply.
 
     Example: kslottery audit runs/quickstart/ticket --train train.tsv --test test.tsv
     """
@@ -445,15 +453,19 @@ def audit(
     with _whole(f"finished arms are kept in {out}: run the same command to go on"):
         found = kslottery.Ticket.load(ticket)
         prompt = _prompt(found, template, languages)
+        fresh = _pairs(found, "test", test, prompt.languages, limit)
         settings = kslottery.AuditSettings(
             fast=fast,
+            metric=metric,
+            delta=delta,
+            groups=groups.read_text(encoding="utf-8").splitlines()[: len(fresh)] if groups else None,
             prompt=prompt,
             generation=_generation(found, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size),
             bootstrap=kslottery.Bootstrap(samples=samples, seed=seed),
         )
         done = kslottery.audit_ticket(
             _sourced(found, model, revision),
-            _pairs(found, "test", test, prompt.languages, limit),
+            fresh,
             train=None if train == "none" else _pairs(found, "train", train, prompt.languages),
             out=out,
             settings=settings,
@@ -462,10 +474,11 @@ def audit(
     _say(
         done.as_dict(),
         as_json,
-        *(f"{check.result:>11}  {check.question} {check.sentence}" for check in done.checks),
+        *(f"{check.result:>11}  {check.finding}. {check.sentence}" for check in done.checks),
         f"\nThe report, the figure and every text: {out}",
         f"The card: {ticket / 'README.md'}\n",
-        done.sentence,
+        *(f"* {line}" for line in done.lines),
+        f"\n{done.sentence}",
     )
 
 # %% ../nbs/19_cli.ipynb #74520e4c

@@ -150,7 +150,7 @@ def translate(
 
     References
     ----------
-    Greedy search as in the audit; beams, left padding and 256 tokens as in the authors' scripts.
+    Greedy search as in the study of 2026; beams, left padding and 256 tokens as in the authors' scripts.
     """
     import torch
 
@@ -229,7 +229,7 @@ def first_line(text: str) -> str:
 
     References
     ----------
-    The study of 2026.
+    The study of 2026 (unreviewed; repository Nhckdvrl/ssn-group-papaer, commit 81e319fd).
     """
     return whole(text.strip().split("\n")[0])
 
@@ -463,7 +463,8 @@ def score(
 
     References
     ----------
-    The audit for scoring twice; Post 2018 (sacrebleu) for the metrics.
+    The study of 2026 (unreviewed; repository Nhckdvrl/ssn-group-papaer, commit 81e319fd) for scoring twice; Post 2018
+    (sacrebleu) for the metrics.
     """
     made = {name: get_metric(name, pairs) for name in metrics}
     cut = [(rule, _texts(translations, pairs, rule)) for rule in map(get_extraction, rules)]

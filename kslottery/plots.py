@@ -40,6 +40,9 @@ def _legend_below(ax, drop=4.5):
     return ax
 
 
+_METRICS = {"bleu": "BLEU", "chrf": "chrF2"}  # as they are written
+
+
 def _no_mathematics(text):
     return text.replace("$", r"\$")
 
@@ -247,7 +250,7 @@ def plot_systems(systems: dict[str, Any], metric: str = "bleu", ax: Axes | None 
         bars = ax.barh(y + shift, [s[rule][metric] for s in systems.values()], 0.36, color=colour, label=label)
         ax.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
     ax.set_yticks(y, [_no_mathematics(n.replace("_", " ")) for n in systems])
-    ax.set(xlabel={"bleu": "BLEU", "chrf": "chrF2"}.get(metric, metric), xmargin=0.08)
+    ax.set(xlabel=_METRICS.get(metric, metric), xmargin=0.08)
     ax.spines[["top", "right"]].set_visible(False)
     return _legend_below(ax)
 
@@ -328,8 +331,8 @@ def _stack_gain(ax, y, gain, named):
             ax.plot([start + part.low, start + part.high], [y + shift] * 2, color="0.15", lw=1.2, marker="|", ms=5)
         ends[side] += part.value
     end = max(0, ends[1], ends[1] - gain.content.value + gain.content.high)
-    text = gain.verdict if gain.share.value is None else f"{gain.share.value:.0%} stopping"
-    ax.annotate(text, (end, y), (8, 0), textcoords="offset points", va="center", fontsize=8)
+    share = "" if gain.share.value is None else f" ({gain.share.value:.0%} stopping)"
+    ax.annotate(f"{gain.verdict}{share}", (end, y), (8, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def plot_decomposition(gains: dict[str, Any], ax: Axes | None = None) -> Axes:
@@ -350,10 +353,7 @@ def plot_decomposition(gains: dict[str, Any], ax: Axes | None = None) -> Axes:
     for y, gain in enumerate(gains.values()):
         _stack_gain(ax, y, gain, named=not y)
     ax.axvline(0, color="0.5", lw=0.8)
-    ax.set(
-        xlabel=f"gain over the base, {'BLEU' if gain.metric == 'bleu' else gain.metric}, whole continuation",
-        xmargin=0.3,
-    )
+    ax.set(xlabel=f"gain over the base, {_METRICS.get(gain.metric, gain.metric)}, whole continuation", xmargin=0.3)
     ax.set_yticks(range(len(gains)), [_no_mathematics(k) for k in gains])
     ax.invert_yaxis()
     return _legend_below(ax)
@@ -387,7 +387,7 @@ def plot_audit(audit: Any, ax: Axes | None = None) -> Axes:
     known = {name: r for name, r in audit.recoveries.items() if r is not None and r.value is not None}
     shown = [a for a in audit.arms if a.key in known]
     ax, edges = _axes(ax, 7.5, 0.27 * len(shown) + 1.3), (-0.25, 1.5)
-    share = audit.decomposition.share.value
+    share, metric = audit.decomposition.share.value, audit.decomposition.metric
     for y, arm in enumerate(shown):
         if arm.name == "ticket" and share is not None:
             stopping = np.clip(share, 0, 1)
@@ -395,8 +395,8 @@ def plot_audit(audit: Any, ax: Axes | None = None) -> Axes:
             ax.barh(y, stopping, left=1 - stopping, color=STOPPING, label="stopping", height=0.6)
         else:
             _mark_recovery(ax, y, known[arm.key], edges)
-    for x in (0, 1):
-        ax.axvline(x, color="0.7", lw=0.8)
+    for x, style in ((0, "-"), (0.5, "--"), (1, "-")):
+        ax.axvline(x, color="0.7", lw=0.8, ls=style)
     names = [
         _no_mathematics(arm.label) + " (of Embed Tuning's gain)" * (arm.against == "embed_tuning") for arm in shown
     ]
@@ -404,7 +404,7 @@ def plot_audit(audit: Any, ax: Axes | None = None) -> Axes:
     ax.set(
         xlim=edges,
         ylim=(max(len(shown), 1) - 0.5, -0.5),
-        xlabel="recovery: share of the gain in BLEU, whole continuation (95% interval)",
+        xlabel=f"recovery: share of the gain in {_METRICS.get(metric, metric)}, whole continuation",
     )
     ax.spines[["top", "right"]].set_visible(False)
     return ax if share is None else _legend_below(ax)

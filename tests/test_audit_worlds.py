@@ -27,13 +27,16 @@ def fast(tmp_path_factory):
 def check_worlds(results):
     """What the worlds were built for: what is gained, and the verdicts.
 
-    How template, source and history share the content world's gain is not built in."""
+    How template, source and history share the content world's gain is not built in. A damaged base also writes too
+    much, so not all of that world's gain is content: by either rule more than half is, and it is never "stopping"."""
     stopping, content = results["worlds"]["stopping"], results["worlds"]["content"]
-    assert stopping["decomposition"]["share"]["value"] >= 0.8 and content["decomposition"]["share"]["value"] < 0.2
-    assert stopping["recoveries"]["only_instruction"]["value"] >= 0.8
+    assert stopping["verdict"] == "stopping" and content["verdict"] in ("content", "mixed", "cannot tell")
+    assert stopping["decomposition"]["share"]["value"] >= 0.8 and content["decomposition"]["share"]["value"] < 0.5
+    assert stopping["as_built"]["gain"] and content["as_built"]["gain"]
+    assert stopping["recoveries"]["only_instruction"]["value"] >= 0.8 and stopping["checks"]["template"] == "found"
     sentences, instruction = (content["recoveries"][f"only_{c}"]["value"] for c in ("sentences", "instruction"))
     assert sentences > instruction and instruction < 0.2
-    assert stopping["verdict"] == "artefact" and content["verdict"] == "real"
+    assert not {content["checks"][name] for name in ("template", "controls", "noise")} & {"found"}
     return sentences
 
 
@@ -89,7 +92,5 @@ def test_the_claims_page_shows_the_stored_results():
 def test_full_size(seed, tmp_path):
     sentences = check_worlds(audited(tmp_path, seed=seed)[1])
     if seed == 2 and sentences < 0.5:  # the rest leans on the template's rows as well
-        pytest.xfail(
-            f"source and history alone recover {sentences:.2f}, less than half (0.59 on one machine, 0.36 on another)"
-        )
+        pytest.xfail(f"source and history alone recover {sentences:.2f}, less than half of the gain")
     assert sentences >= 0.5

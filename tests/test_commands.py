@@ -222,6 +222,8 @@ def test_what_an_option_leaves_open_the_ticket_says(recorded, monkeypatch):
         (("certify", "--epsilon", 0.1, "--ladder", "sideways"), "choose transfer, tuning or none"),
         (("certify", "--epsilon", 0.1, "--template", "nice"), "template 'nice' is unknown"),
         (("audit", "--samples", 0), "samples is 0"),
+        (("audit", "--metric", "blue"), "blue"),
+        (("audit", "--delta", -1), "delta is -1"),
         (("audit", "--languages", "english"), "write source-target"),
         (("scan", "--alpha", 2), "alpha is 2"),
         (("scan", "--top-k", -3), "top_k is -3"),
@@ -308,7 +310,7 @@ def test_every_help_has_an_example(name):
 
 
 def test_an_option_means_the_same_everywhere():
-    "Also the same default; what a command says about its own --out, --train or --test is its own."
+    "Also the same default; what a command says about its own --out, --train, --test or --delta is its own."
     seen = {}
     for name, command in COMMANDS.items():
         for option in command.params:
@@ -322,6 +324,7 @@ def test_an_option_means_the_same_everywhere():
         "languages",
         "template",
         "limit",
+        "groups",
         "max_new_tokens",
         "batch_size",
         "seed",
@@ -330,6 +333,7 @@ def test_an_option_means_the_same_everywhere():
     assert {name for name, meanings in seen.items() if sum(map(len, meanings.values())) > 1} - shared == {
         "out",
         "train",
+        "delta",
     }
     assert [(name, meanings) for name, meanings in seen.items() if name in shared and len(meanings) > 1] == []
 

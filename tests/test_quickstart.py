@@ -155,8 +155,8 @@ def test_the_ticket_knows_what_to_be_audited_with(quickstart):
         "audit", quickstart[0] / "ticket", "--fast", "--out", quickstart[0].parent / "audit"
     )
     assert status == 0, error
-    assert said.strip().split("\n")[-1].startswith("An artefact: ")  # so the built-in world was made
-    assert Ticket.load(quickstart[0] / "ticket").audit["verdict"] == "artefact"
+    assert said.strip().split("\n")[-1].startswith("Stopping: ")  # so the built-in world was made
+    assert Ticket.load(quickstart[0] / "ticket").audit["verdict"] == "stopping"
 
 
 def test_the_report_is_self_contained(quickstart, results):
