@@ -9,7 +9,7 @@ _ROOMS = {
     "core": "load_model",
     "data": "Pair Prompt encode_all load_pairs",
     "ks": "ks_scan",
-    "plots": "plot_plan plot_scan png",
+    "plots": "plot_plan plot_scan",
     "rows": "TunedRows",
     "training": "Engine",
     "tuning": "Recipe embed_tune partial_tune partial_transfer",

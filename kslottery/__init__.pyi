@@ -19,7 +19,7 @@ from .evaluation import (
 )
 from .ks import ks_scan as ks_scan
 from .lottery import find_ticket as find_ticket
-from .plots import plot_plan as plot_plan, plot_scan as plot_scan, png as png
+from .plots import plot_plan as plot_plan, plot_scan as plot_scan
 from .rows import TunedRows as TunedRows
 from .ticket import Ticket as Ticket, TicketBank as TicketBank
 from .training import Engine as Engine

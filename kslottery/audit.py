@@ -18,7 +18,7 @@ import scipy
 from jinja2 import Template
 
 from .core import fingerprint, must, to_accelerator, whole_file, write_json, write_text
-from .data import INSTRUCTION, Example, Pair, Prompt, Role, encode_all, token_counts, token_text
+from .data import INSTRUCTION, Example, Pair, Prompt, Role, encode_all, seen_before, token_counts, token_text
 from .decomposition import Bootstrap, Decomposition, Interval, decompose, forced_stop, recovery, simultaneous
 from .evaluation import METRICS, Generation, Translation, score, signatures, translate
 from .ks import Scan, equal_move_null
@@ -832,14 +832,15 @@ def _gained(base, tuned, test, settings, tokenizer=None) -> Decomposition:
 def _bench(ticket, test, train, model, tokenizer, settings):
     _own(ticket)
     test, train = list(test), list(train or [])
-    seen = {*ticket.sentences, *(p.hash for p in train)}
+    used = seen_before(test, {*ticket.sentences, *(h for p in train for h in (p.hash, p.loose))})
     must(test, "there are no test sentences: an audit needs some that nothing was tuned on")
     nothing, everything = ([Translation(p.id, p.target * said, True) for p in test] for said in (0, 1))
     _gained(nothing, everything, test, settings)
-    if used := [p.id for p in test if p.hash in seen]:
-        raise ValueError(
-            f"{len(used)} test sentences were used for tuning (first: {used[0]}): remove them from the test data"
-        )
+    must(
+        not used,
+        f"{len(used)} test sentences were used for tuning (first: {''.join(used[:1])}), word for word or in other "
+        "case, spacing or final punctuation: remove them from the test data",
+    )
     if train and ticket.sentences:
         ticket.check_pairs(train)
     for arm in settings.arms or ():

@@ -28,8 +28,7 @@ def _tagless(markdown: str) -> str:  # no HTML tag can open in it
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", markdown)
 
 # %% ../nbs/10_card.ipynb #9e9ce8fa
-_PAGE = jinja2.Template(
-    """---
+_OPENING = """---
 {{ header }}
 ---
 
@@ -67,7 +66,12 @@ with ticket.rows.applied(model):
 {% if not k and ticket.advice -%}
 {{ ticket.advice }}
 {% endif %}
-## How it was made
+"""
+
+# %% ../nbs/10_card.ipynb #9e9ce8fb
+_PAGE = jinja2.Template(
+    _OPENING
+    + """## How it was made
 
 | | |
 |---|---|

@@ -317,10 +317,9 @@ _Vouched = Annotated[
 def _say_plan(fresh, asked, figure, as_json):
     planned = kslottery.plan_calibration(fresh, **asked)
     if figure:
-        from kslottery.plots import plot_plan, png
-
+        drawn: Any = kslottery.plot_plan(planned).figure
         with whole_file(figure) as part:
-            part.write_bytes(png(plot_plan, planned))
+            drawn.savefig(part, format="png", dpi=150, bbox_inches="tight")
     _say(planned.as_dict(), as_json, planned, *([f"The figure: {figure}"] if figure else []))
 
 

@@ -572,8 +572,94 @@ def _from_schema_1(record: dict[str, Any]) -> dict[str, Any]:
         },
     }
 
+# %% ../nbs/11_ticket.ipynb #b0a1c3d8
+class _Bound(_Told):
+    def check(self, model: Any, tokenizer: Any, prints: dict[str, str] | None = None) -> None:
+        """Refuse another model than the one that the ticket was made for.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The plain base.
+        tokenizer : PreTrainedTokenizerBase
+            Its tokenizer.
+        prints : dict or None
+            Their `model_fingerprints`, to check many tickets by one reading of the model.
+
+        Raises
+        ------
+        ValueError
+            If embedding or tokenizer differ.
+        """
+        for name, mine in (prints or model_fingerprints(model, tokenizer)).items():
+            made_for = self.provenance.fingerprints.get(name)
+            must(
+                made_for in (mine, None),
+                f"this ticket was made for another {name} (model {self.provenance.model or 'unnamed'}, fingerprint "
+                f"{made_for!s:.12}, not {mine:.12}): load the model it names",
+            )
+
+    def check_pairs(self, pairs: Iterable) -> None:
+        """Refuse other tuning data than the ticket's own.
+
+        Parameters
+        ----------
+        pairs : iterable of Pair
+            In any order.
+
+        Raises
+        ------
+        ValueError
+            If they are not those that the ticket was tuned on.
+        """
+        own, given = {h for h in self.sentences if not h.startswith("~")}, list(pairs)
+        strange = next((f" ({p.id} is not among them)" for p in given if p.hash not in own), "")
+        must(
+            {p.hash for p in given} == own,
+            f"the ticket was tuned on {len(own)} sentences, and the {len(given)} training pairs are not the same"
+            f"{strange}: give the ticket's own tuning data, all of it",
+        )
+
+    def base(self, model: Any = None, tokenizer: Any = None) -> tuple[Any, Any]:
+        """The model of the ticket: the one that is given, or else the recorded one, loaded.
+
+        Parameters
+        ----------
+        model : PreTrainedModel or None
+            The plain base, if it is at hand.
+        tokenizer : PreTrainedTokenizerBase or None
+            Its tokenizer.
+
+        Returns
+        -------
+        tuple of PreTrainedModel and PreTrainedTokenizerBase
+            A model that the ticket was made for, and its tokenizer.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the recorded model is not there.
+        ValueError
+            If it is another model, or none is recorded.
+        """
+        facts = self.provenance
+        _demand(
+            (
+                (model is None) == (tokenizer is None),
+                "one of two is missing: give both model and tokenizer, or neither",
+            ),
+            (
+                facts.model or model is not None,
+                "the ticket does not say which model it was made for: give both model and tokenizer",
+            ),
+        )
+        if model is None:
+            model, tokenizer = load_model(facts.model, facts.revision, facts.dtype)
+        self.check(model, tokenizer)
+        return model, tokenizer
+
 # %% ../nbs/11_ticket.ipynb #cac934b7
-class _Adapter(_Told):
+class _Adapter(_Bound):
     @property
     def peft_obstacle(self) -> str | None:
         "Why the ticket cannot be a PEFT adapter, or None if it can."
@@ -666,10 +752,7 @@ class _Adapter(_Told):
         strange, kind = [name for name in stored if name not in known], about.peft_type.value
         _demand(
             (kind == "TRAINABLE_TOKENS", f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows"),
-            (
-                not strange and known[0] in stored,
-                f"{folder} holds {', '.join(strange or stored)}: a ticket is {known[0]} and nothing else",
-            ),
+            (not strange and known[0] in stored, f"{folder} holds {', '.join(strange or stored)}: expected {known[0]}"),
         )
         rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")
         rows.fits(model)
@@ -755,6 +838,8 @@ class _Folder(_Adapter):
             self._write_texts(work)
         self.folder = Path(folder).absolute()
 
+# %% ../nbs/11_ticket.ipynb #b0a1c3da
+class _Notes(_Folder):
     def _note(
         self,
         certificates: Sequence[Certificate] = (),
@@ -777,8 +862,59 @@ class _Folder(_Adapter):
             )
             self._write_texts(self.folder, figure)
 
+    def remember(self, test: Sequence | None = None, generation: Generation | None = None) -> None:
+        """Note how the ticket was evaluated, so that an audit and a certificate find it.
+
+        Parameters
+        ----------
+        test : Pairs or None
+            The evaluation data, as `load_pairs` gave it.
+        generation : Generation or None
+            How texts were generated.
+        """
+        self._note(test=getattr(test, "origin", None), generation=generation)
+
+    def refresh(self, *, base_model: str | None = None, license: str | None = None) -> None:
+        """Bring the card up to date, with what is known now and what is given here.
+
+        Parameters
+        ----------
+        base_model : str or None
+            The model's id on the Hub.
+        license : str or None
+            The Hub's name of the licence.
+
+        Raises
+        ------
+        ValueError
+            If `base_model` can be no id of the Hub.
+        """
+        self._note(base_model=base_model, license=license)
+
+    def add_certificates(self, certificates: Iterable[Certificate]) -> None:
+        """Keep certificates with the ticket; one that is there already is not repeated.
+
+        Parameters
+        ----------
+        certificates : iterable of Certificate
+            What was proven.
+        """
+        self._note([c for c in certificates if c not in self.certificates])
+
+    def add_audit(self, record: dict[str, Any], figure: bytes | None = None) -> None:
+        """Keep what an audit found with the ticket; it replaces an older audit.
+
+        Parameters
+        ----------
+        record : dict
+            `kslottery.audit.Audit.as_dict`.
+        figure : bytes or None
+            Its figure, as PNG.
+        """
+        self._note(audit=record, figure=figure)
+
 # %% ../nbs/11_ticket.ipynb #a2a98723
-class Ticket(_Folder):
+class Ticket(_Notes):
     """A winning ticket: a few token ids, and whatever is known about them.
 
     Attributes
@@ -867,141 +1003,6 @@ class Ticket(_Folder):
                 audit=audit,
                 folder=Path(folder).absolute(),
             )
-
-    def check(self, model: Any, tokenizer: Any, prints: dict[str, str] | None = None) -> None:
-        """Refuse another model than the one that the ticket was made for.
-
-        Parameters
-        ----------
-        model : PreTrainedModel
-            The plain base.
-        tokenizer : PreTrainedTokenizerBase
-            Its tokenizer.
-        prints : dict or None
-            Their `model_fingerprints`, to check many tickets by one reading of the model.
-
-        Raises
-        ------
-        ValueError
-            If embedding or tokenizer differ.
-        """
-        for name, mine in (prints or model_fingerprints(model, tokenizer)).items():
-            made_for = self.provenance.fingerprints.get(name)
-            must(
-                made_for in (mine, None),
-                f"this ticket was made for another {name} (model {self.provenance.model or 'unnamed'}, fingerprint "
-                f"{made_for!s:.12}, not {mine:.12}): load the model it names",
-            )
-
-    def check_pairs(self, pairs: Iterable) -> None:
-        """Refuse other tuning data than the ticket's own.
-
-        Parameters
-        ----------
-        pairs : iterable of Pair
-            In any order.
-
-        Raises
-        ------
-        ValueError
-            If they are not those that the ticket was tuned on.
-        """
-        own, given = {h for h in self.sentences if not h.startswith("~")}, list(pairs)
-        strange = next((f" ({p.id} is not among them)" for p in given if p.hash not in own), "")
-        must(
-            {p.hash for p in given} == own,
-            f"the ticket was tuned on {len(own)} sentences, and the {len(given)} training pairs are not the same"
-            f"{strange}: give the ticket's own tuning data, all of it",
-        )
-
-    def base(self, model: Any = None, tokenizer: Any = None) -> tuple[Any, Any]:
-        """The model of the ticket: the one that is given, or else the recorded one, loaded.
-
-        Parameters
-        ----------
-        model : PreTrainedModel or None
-            The plain base, if it is at hand.
-        tokenizer : PreTrainedTokenizerBase or None
-            Its tokenizer.
-
-        Returns
-        -------
-        tuple of PreTrainedModel and PreTrainedTokenizerBase
-            A model that the ticket was made for, and its tokenizer.
-
-        Raises
-        ------
-        FileNotFoundError
-            If the recorded model is not there.
-        ValueError
-            If it is another model, or none is recorded.
-        """
-        facts = self.provenance
-        _demand(
-            (
-                (model is None) == (tokenizer is None),
-                "one of two is missing: give both model and tokenizer, or neither",
-            ),
-            (
-                facts.model or model is not None,
-                "the ticket does not say which model it was made for: give both model and tokenizer",
-            ),
-        )
-        if model is None:
-            model, tokenizer = load_model(facts.model, facts.revision, facts.dtype)
-        self.check(model, tokenizer)
-        return model, tokenizer
-
-    def remember(self, test: Sequence | None = None, generation: Generation | None = None) -> None:
-        """Note how the ticket was evaluated, so that an audit and a certificate find it.
-
-        Parameters
-        ----------
-        test : Pairs or None
-            The evaluation data, as `load_pairs` gave it.
-        generation : Generation or None
-            How texts were generated.
-        """
-        self._note(test=getattr(test, "origin", None), generation=generation)
-
-    def refresh(self, *, base_model: str | None = None, license: str | None = None) -> None:
-        """Bring the card up to date, with what is known now and what is given here.
-
-        Parameters
-        ----------
-        base_model : str or None
-            The model's id on the Hub.
-        license : str or None
-            The Hub's name of the licence.
-
-        Raises
-        ------
-        ValueError
-            If `base_model` can be no id of the Hub.
-        """
-        self._note(base_model=base_model, license=license)
-
-    def add_certificates(self, certificates: Iterable[Certificate]) -> None:
-        """Keep certificates with the ticket; one that is there already is not repeated.
-
-        Parameters
-        ----------
-        certificates : iterable of Certificate
-            What was proven.
-        """
-        self._note([c for c in certificates if c not in self.certificates])
-
-    def add_audit(self, record: dict[str, Any], figure: bytes | None = None) -> None:
-        """Keep what an audit found with the ticket; it replaces an older audit.
-
-        Parameters
-        ----------
-        record : dict
-            `kslottery.audit.Audit.as_dict`.
-        figure : bytes or None
-            Its figure, as PNG.
-        """
-        self._note(audit=record, figure=figure)
 
 # %% ../nbs/11_ticket.ipynb #f345ecdb
 class TicketBank:
