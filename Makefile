@@ -52,7 +52,7 @@ lint: .venv/ready ## ruff and mypy
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy --no-error-summary
 
 test: lint ## notebooks clean and in sync, every notebook at its fast size, pytest, ruff, mypy
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 \
 	  -m "not slow and not gpu" $(PYTEST)
 
 test-full: .venv/ready ## make test and what is slow: full sizes, several seeds

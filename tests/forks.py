@@ -3,9 +3,11 @@
 A fresh Python takes seconds to import torch and transformers, and the tests start some hundred of them. `Server` starts
 that process. `forks.py kernel FILE` and `forks.py command ...` stand in for a kernel and for `kslottery`: they hand
 their arguments, folder, environment and streams over, wait, and end as the fork ends. Tests that look at imports,
-start-up or installations start a real Python.
+start-up or installations start a real Python. `[*PYTHON, code]` stands in for `python -c code`: who kills it kills
+the fork.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -19,6 +21,7 @@ import traceback
 from pathlib import Path
 
 ADDRESS = "KSLOTTERY_TEST_FORKS"  # the variable that names the server's socket
+PYTHON = [sys.executable, "-I", "-S", __file__, "code"]
 IMPORTS = (
     "datasets",
     "ipykernel.kernelapp",
@@ -97,7 +100,8 @@ def watch(line):
         os.kill(fork, signal.SIGKILL)
     _, status = os.waitpid(fork, 0)
     code = os.waitstatus_to_exitcode(status)
-    line.sendall((code if code >= 0 else 128 - code).to_bytes(8, "big"))
+    with contextlib.suppress(BrokenPipeError):
+        line.sendall((code if code >= 0 else 128 - code).to_bytes(8, "big"))
     return 0
 
 
@@ -119,6 +123,10 @@ def work(request, streams):
 
             sys.path.insert(0, "")
             IPKernelApp.launch_instance(argv=["-f", *words, f"--IPKernelApp.parent_handle={os.getppid()}"])
+            status = 0
+        elif kind == "code":
+            sys.argv = ["-c", *words[1:]]
+            exec(compile(words[0], "code", "exec"), {"__name__": "__main__"})
             status = 0
         else:
             import matplotlib

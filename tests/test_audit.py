@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import FrozenInstanceError, replace
 from itertools import product
@@ -19,6 +18,7 @@ from scipy.stats import binom
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import forks
 from conftest import ARCHITECTURES, TOY, invoke, kslottery, talker
 from kslottery import audit as audit_module
 from kslottery.audit import (
@@ -608,7 +608,7 @@ audit_ticket(ticket, load_pairs(world / "test.jsonl", limit=8), train=train, set
 def test_a_killed_audit_goes_on_where_it_was(made, audited, tmp_path, monkeypatch, how):
     replace(made[0]).save(tmp_path / "ticket")
     out = tmp_path / "ticket" / "audit"  # where it goes if nobody says where
-    child = subprocess.Popen([sys.executable, "-c", VICTIM, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([*forks.PYTHON, VICTIM, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     done = lambda: sorted(p.stem for p in (out / "arms").glob("[!.]*.json"))
     deadline = time.time() + 120
     while len(done()) < 12 and child.poll() is None and time.time() < deadline:

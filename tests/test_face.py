@@ -67,6 +67,7 @@ def test_the_face_that_tools_see_is_the_face():
     assert (ROOT / "kslottery" / "__init__.py").read_text().startswith('__version__ = "')
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_the_face(tmp_path):
     "Every name has its type, and a name that is not there is an error."
     uses = [f"kslottery.{name}" for name in kslottery.__all__]

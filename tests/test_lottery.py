@@ -3,7 +3,6 @@
 import inspect
 import signal
 import subprocess
-import sys
 import time
 import tracemalloc
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import forks
 from conftest import ROOT, TIED, TOY, tiny_model
 from kslottery import lottery
 from kslottery.data import Pair, Prompt, encode_all
@@ -138,7 +138,7 @@ def test_killed_in_either_training_it_goes_on_to_the_same_ticket(tmp_path):
 
     def start(name):
         names = dict(tests=str(ROOT / "tests"), checkpoint=str(tmp_path / name), place=str(tmp_path / f"{name}-ticket"))
-        return subprocess.Popen([sys.executable, "-c", "import dataclasses" + FINDER.format(**names)])
+        return subprocess.Popen([*forks.PYTHON, "import dataclasses" + FINDER.format(**names)])
 
     assert start("unbroken").wait(timeout=300) == 0
     for file in ("embed", "partial"):

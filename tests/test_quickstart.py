@@ -188,8 +188,8 @@ def test_papermill_from_another_directory(tmp_path):
         "alpha",
         "0.01",
         "-p",
-        "seed",
-        "1",
+        "test_limit",
+        "7",
         "-p",
         "fast",
         "True",
@@ -197,7 +197,7 @@ def test_papermill_from_another_directory(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "runs" / "quickstart" / "results.json").read_text())
-    assert results["seed"] == 1 and results["ticket"]["alpha"] == 0.01
+    assert results["seed"] == 0 and results["ticket"]["alpha"] == 0.01
     jsonschema.validate(results, SCHEMA)
 
 

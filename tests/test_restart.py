@@ -4,13 +4,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors import safe_open
 
+import forks
 from conftest import ROOT, examples, tiny_model
 from kslottery import training
 from kslottery.training import Engine, Training, train
@@ -155,7 +155,7 @@ def kill_and_go_on(path, rng):
     while time.time() < deadline:
         before = path.stat().st_mtime_ns if path.exists() else 0
         child = subprocess.Popen(
-            [sys.executable, "-c", VICTIM, str(ROOT / "tests"), str(path)], stderr=subprocess.PIPE, text=True
+            [*forks.PYTHON, VICTIM, str(ROOT / "tests"), str(path)], stderr=subprocess.PIPE, text=True
         )
         while child.poll() is None and (path.stat().st_mtime_ns if path.exists() else 0) == before:
             time.sleep(0.005)  # until it trains: a kill while Python starts tests nothing
@@ -185,6 +185,7 @@ def killed(seed, tmp_path, unbroken):
     assert torch.equal(tune(path, n=300, epochs=8), unbroken)
 
 
+@pytest.mark.slow
 def test_kill_9_at_three_random_moments(tmp_path, unbroken):
     killed(0, tmp_path, unbroken)
 

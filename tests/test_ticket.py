@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+import forks
 from conftest import ARCHITECTURES, ROOT, TIED, talker, tiny_model
 from kslottery.certificate import certify_agreement
 from kslottery.data import Pair, Pairs, Prompt
@@ -596,7 +597,7 @@ while True:
 
 def start(tmp_path, before="", after=""):
     code = SAVER.format(tests=str(ROOT / "tests"), place=str(tmp_path / "t"), before=before, after=after)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*forks.PYTHON, code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     return process
 

@@ -95,6 +95,7 @@ def test_the_doctor_of_an_installed_package(installed):
     assert found["ok"] and found["uses"]["kslottery run"]["ok"] and len(found["packages"]) > 10
 
 
+@pytest.mark.slow
 def test_the_block_of_the_readme(installed):
     _, use = installed
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
