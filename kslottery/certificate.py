@@ -169,7 +169,8 @@ _BRIEFLY = {
 
 
 def _headline(c: Certificate) -> str:
-    facts, sure = c.facts, f"CERTIFIED, {100 * float(_sure(1 - c.confidence)):g}% sure" if c.holds else "ABSTAINS"
+    level = f", {100 * float(_sure(1 - c.confidence)):g}% sure" if c.confidence < 1 else ""  # all numbers may be given
+    facts, sure = c.facts, f"CERTIFIED{level}" if c.holds else "ABSTAINS"
     if c.kind == "ks-margin":
         return f"{sure}: margin {facts.get('margin', 0):.4g} at one prefix, where more than {c.bound:.4g} is required"
     place = "the smallest ticket that this walk reached on this ladder" if c.holds else "the largest of this ladder"

@@ -145,7 +145,7 @@ def signature(thing, name):
         given = inspect.signature(thing)
     except (TypeError, ValueError):
         return name
-    of = thing.__init__ if inspect.isclass(thing) else thing
+    of = thing.__init__ if inspect.isclass(thing) and not hasattr(thing, "_fields") else thing  # a NamedTuple has none
     try:
         hints = typing.get_type_hints(of)
     except NameError:  # a type that only type checkers import
