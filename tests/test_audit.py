@@ -165,7 +165,7 @@ def test_no_arm_outside_the_table_can_be_made(name):
             continue
         assert (arm.rows, arm.channel) != (rows, channel)
         for change in (dict(rows=rows), dict(channel=channel), dict(rows=rows, channel=channel)):
-            with pytest.raises(ValueError, match="init=False"):
+            with pytest.raises((ValueError, TypeError), match="init=False"):  # the latter since Python 3.13
                 replace(arm, **change)
             with pytest.raises(FrozenInstanceError):
                 setattr(arm, *next(iter(change.items())))

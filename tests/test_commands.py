@@ -582,7 +582,8 @@ def test_the_doctor(monkeypatch):
     status, said, error = invoke("doctor", "--json")
     found = json.loads(said)
     assert status == 0 and error == "" and found["ok"] and found["uses"]["kslottery run"]["ok"]
-    assert found["packages"]["torch"]["version"] == torch.__version__ and found["devices"][0]["device"] == "cpu"
+    version = torch.__version__.split("+")  # some wheels name their build in the module, and not in their metadata
+    assert found["packages"]["torch"]["version"].split("+")[0] == version[0] and found["devices"][0]["device"] == "cpu"
     stated = re.search(r"^requirements = (.*)", (ROOT / "settings.ini").read_text(), re.MULTILINE)[1].split()
     assert sorted(name + p["needs"] for name, p in found["packages"].items()) == sorted(stated)
     assert invoke("doctor")[0] == 0 and "ready      kslottery run" in invoke("doctor")[1]
