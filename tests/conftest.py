@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shared import shared
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BloomConfig,
@@ -32,9 +33,7 @@ from kslottery.cli import app
 from kslottery.data import Example
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(
-    os.environ.get("KSLOTTERY_TEST_DATA", ROOT.parent / "shared" / "data")
-)  # real parallel text, where a developer has it
+DATA, MODELS = shared("data"), shared("models")  # real text and a model of it, where a developer has them
 TIED = ("gemma", "gpt2", "bloom")
 ARCHITECTURES = ("llama", "qwen2", "mistral", *TIED)
 LONG = ("test_audit_worlds", "test_audit", "test_quickstart", "test_wheel", "test_docs", "test_ticket")

@@ -231,7 +231,7 @@ def test_bad_templates():
 
 def test_real_text():
     if not DATA.is_dir():
-        pytest.skip(f"no real parallel text at {DATA}: set KSLOTTERY_TEST_DATA to the folder that has it")
+        pytest.skip(f"no real parallel text at {DATA}: set KSLOTTERY_DATA to the folder that has it")
     pairs = load_pairs(f"{DATA}/ntrex/eng.txt,{DATA}/ntrex/cat.txt")
     assert len(pairs) == 1997
     train = load_pairs(DATA / "train" / "en-ca.tsv.gz", "en-ca")

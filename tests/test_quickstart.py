@@ -310,7 +310,7 @@ def test_a_strangers_folder_is_refused(tmp_path):
 def test_real_text_in_a_minute(tmp_path):
     "Pre-train on real pairs, save a checkpoint, run the quickstart on NTREX with it: small, and right."
     if not DATA.is_dir():
-        pytest.skip(f"no real parallel text at {DATA}: set KSLOTTERY_TEST_DATA to the folder that has it")
+        pytest.skip(f"no real parallel text at {DATA}: set KSLOTTERY_DATA to the folder that has it")
     status, _, error = kslottery(
         "run", "pretrain", "-p", f"data={DATA}", "-p", "fast=true", "-p", f"out={tmp_path / 'p'}"
     )
