@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from shared import memory
 
 from kslottery import ks_scan
 from kslottery.core import write_json
@@ -49,26 +50,14 @@ def scipy_loop(before, after, sample):
         stats.ks_2samp(before[i], after[i])
 
 
-def anonymous():
-    "Anonymous memory of this process in MB."
-    return (
-        int(
-            next(
-                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
-            ).split()[1]
-        )
-        / 1024
-    )
-
-
 def peak_extra(function):
     "Peak anonymous memory above the start, in MB, while `function` runs (sampled every 2 ms)."
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before must not hide what is needed now
-    start, peak, done = anonymous(), [0.0], threading.Event()
+    start, peak, done = memory("RssAnon"), [0.0], threading.Event()
 
     def watch():
         while not done.wait(0.002):
-            peak[0] = max(peak[0], anonymous() - start)
+            peak[0] = max(peak[0], memory("RssAnon") - start)
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -125,22 +125,11 @@ def batches(data, device="cpu"):
     return [{k: v.to(device) for k, v in collate(data[i : i + 8], 0).items()} for i in range(0, len(data), 8)]
 
 
-def high_water():
-    "Peak resident memory of this process in MB."
-    return (
-        int(
-            next(
-                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-            ).split()[1]
-        )
-        / 1024
-    )
-
-
 def peak(work):
     "Of some code in a process of its own: (MB above the libraries, MB in all)."
-    code = "import sys; sys.path.insert(0, 'benchmarks'); import numba, bench_step as b; start = b.high_water(); "
-    code += f"b.{work}; end = b.high_water(); print(end - start, end)"
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import numba, bench_step as b; "
+    code += "start = b.memory('VmHWM'); "
+    code += f"b.{work}; end = b.memory('VmHWM'); print(end - start, end)"
     said = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -20,9 +20,9 @@ import scipy
 from .core import fingerprint, must, one_of
 
 # %% auto #0
-__all__ = ['CLAIMS', 'SPREADS', 'METHODS', 'Certificate', 'ks_margin_bound', 'Losses', 'risk_bound',
-           'certify_agreement', 'sentences_needed', 'certify_tickets', 'mixture_evalue', 'anytime_certificate', 'Plan',
-           'plan_certificate', 'Difference', 'paired_difference', 'holm']
+__all__ = ['CLAIMS', 'Certificate', 'ks_margin_bound', 'Losses', 'risk_bound', 'certify_agreement', 'sentences_needed',
+           'certify_tickets', 'mixture_evalue', 'anytime_certificate', 'Plan', 'plan_certificate', 'Difference',
+           'paired_difference', 'holm']
 
 # %% ../nbs/09_certificate.ipynb #ec316162
 @dataclass(frozen=True)
@@ -552,12 +552,12 @@ def _provenance(losses, vouched: bool) -> Losses:
     return _distinct(losses if isinstance(losses, Losses) else Losses(losses, vouched=True))
 
 # %% ../nbs/09_certificate.ipynb #451687f3
-SPREADS = (0.03, 0.06, 0.12, 0.24)
+_SPREADS = (0.03, 0.06, 0.12, 0.24)
 
 
 def _growth(values: np.ndarray, epsilon: float, delta: float, n: int, clip: float = 1.0) -> np.ndarray:
     # Log of the factor by which each of the four purses grows with each loss; losses run along the last axis.
-    stakes = [min(1, clip / (2 * s) * math.sqrt(2 * math.log(1 / delta) / n)) for s in SPREADS]
+    stakes = [min(1, clip / (2 * s) * math.sqrt(2 * math.log(1 / delta) / n)) for s in _SPREADS]
     c, x = np.array(stakes)[:, None], values[..., None, :]
     with np.errstate(divide="ignore"):  # a purse may be lost
         return np.log((1 - c) + c * (1 - x) / (1 - epsilon))
@@ -565,7 +565,7 @@ def _growth(values: np.ndarray, epsilon: float, delta: float, n: int, clip: floa
 
 def _purse(growth: np.ndarray) -> np.ndarray:
     # Log of the mean of the four.
-    return np.logaddexp.reduce(growth, axis=-2) - math.log(len(SPREADS))
+    return np.logaddexp.reduce(growth, axis=-2) - math.log(len(_SPREADS))
 
 
 def _mixture(values, epsilon: float, delta: float = 0.05, clip: float = 1.0) -> Any:
@@ -616,11 +616,11 @@ _PVALUES = {
     "hoeffding-bentkus": _hoeffding_bentkus,
     "betting": _betting,
 }
-METHODS = ("auto", *_PVALUES)
+_METHODS = ("auto", *_PVALUES)
 
 # %% ../nbs/09_certificate.ipynb #0967a3b3
 def _chosen(losses: Losses, method: str) -> str:
-    one_of("method", method, METHODS)
+    one_of("method", method, _METHODS)
     must(
         method != "betting" or losses.manifest,
         "betting depends on the order of the losses, and no manifest fixed it before they were taken: "

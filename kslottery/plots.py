@@ -40,6 +40,14 @@ def _legend_below(ax, drop=4.5):
     return ax
 
 
+def _at_sizes(ax, sizes):
+    # A tick for each size, upright enough to be read, and the legend below.
+    ax.set_xticks(sizes, [str(size) for size in sizes], rotation=60, fontsize=7)
+    ax.minorticks_off()
+    return _legend_below(ax, drop=6)
+
+
+_RING: Any = dict(marker="o", ls="", ms=12, mfc="none", mec="C2", mew=2)  # around what was chosen
 _METRICS = {"bleu": "BLEU", "chrf": "chrF2"}  # as they are written
 
 
@@ -278,12 +286,10 @@ def plot_path(certificate: Any, ax: Axes | None = None) -> Axes:
     ax.axhline(epsilon, color=TICKET, lw=1, ls="--", label=f"tolerance {epsilon:g}")
     if size is not None:
         label = f"certified: {_in_rows(size)}"
-        ax.plot(size, bounds[sizes.index(size)], "o", ms=12, mfc="none", mec="C2", mew=2, label=label)
+        ax.plot(size, bounds[sizes.index(size)], label=label, **_RING)
     ax.set_xscale("symlog", linthresh=1)
-    ax.set_xticks(sizes, [str(k) for k in sizes], rotation=60, fontsize=7)
-    ax.minorticks_off()
     ax.set(xlabel="rows in the ticket", ylabel="loss")
-    return _legend_below(ax, drop=6)
+    return _at_sizes(ax, sizes)
 
 # %% ../nbs/03_plots.ipynb #b2d53626
 def plot_plan(plan: Any, ax: Axes | None = None) -> Axes:
@@ -309,12 +315,9 @@ def plot_plan(plan: Any, ax: Axes | None = None) -> Axes:
     ax.axvline(plan.floor, color=TICKET, lw=1, ls=":", label=f"{plan.floor}, the floor for equal translations")
     if plan.needed is not None:
         label = f"{plan.needed} sentences"
-        ax.plot(plan.needed, plan.power[plan.needed], "o", ms=12, mfc="none", mec="C2", mew=2, label=label)
+        ax.plot(plan.needed, plan.power[plan.needed], label=label, **_RING)
     ax.set(xscale="log", xlabel="calibration sentences", ylabel="power", ylim=(-0.03, 1.03))
-    ax.set_xticks(sizes, [str(n) for n in sizes], rotation=60, fontsize=7)
-    ax.minorticks_off()
-    _legend_below(ax, drop=6)
-    return ax
+    return _at_sizes(ax, sizes)
 
 # %% ../nbs/03_plots.ipynb #7264652d
 def _stack_gain(ax, y, gain, named):

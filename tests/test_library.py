@@ -50,7 +50,7 @@ def test_notebooks_are_clean(copied):
 
 def test_the_library_is_what_the_notebooks_export(copied):
     before = tree(copied / "kslottery")
-    subprocess.run([sys.executable, ROOT / "tests" / "export.py"], cwd=copied, check=True)
+    subprocess.run([BIN / "nbdev_export"], cwd=copied, check=True)
     after = tree(copied / "kslottery")
     assert before.keys() == after.keys() and [n for n in after if before[n] != after[n]] == [], (
         "run make export and commit"
