@@ -1,13 +1,19 @@
 """The built-in world: one seed, one world; held-out meanings stay out of pre-training; it loads like any checkpoint."""
 
+import gzip
+import itertools
 import json
 import random
+import shutil
+import subprocess
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
 from kslottery import babel
 from kslottery.core import fingerprint, load_model
 from kslottery.data import TEMPLATES, Pair, Prompt, encode, load_pairs
@@ -168,3 +174,185 @@ def test_what_the_world_writes_is_part_of_its_name(tmp_path, monkeypatch):
         past.setattr(babel, "VERSION", babel.VERSION - 1)
         (babel.build_world(0, "tiny", progress=False).folder / "train.jsonl").write_text("stale")
     assert "stale" not in babel.build_world(0, "tiny", progress=False).split("train").read_text()
+
+
+# Real text, here made up
+
+
+def sentences(start, stop, language, end="."):
+    return [(f"There are {n} trees{end}", f"{language} {n} arbres{end}") for n in range(start, stop)]
+
+
+def write(file, codes, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(("id", *codes.split("-"))), *(f"{i}\t{a}\t{b}" for i, (a, b) in enumerate(rows))]
+    file.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
+
+
+def short_folder(place):
+    "As `short`: files to pre-train on, and those of the experiment, which overlap with them."
+    write(place / "pretrain-en-de.tsv.gz", "en-de", sentences(0, 60, "Da") + sentences(0, 5, "Hier"))
+    write(place / "pretrain-en-da.tsv.gz", "en-da", sentences(0, 30, "Der"))
+    for n, name in enumerate(("dev", "train", "test", "calibration"), 1):
+        write(place / f"{name}.tsv.gz", "en-de", sentences(5 * n, 5 * n + 5, "Da"))
+    return place
+
+
+def test_a_folder_with_files_for_an_experiment(tmp_path):
+    corpus = babel.load_corpus(short_folder(tmp_path))
+    assert corpus.languages == "en-de" and corpus.shares == {"en-de": 0.6, "de-en": 0.15, "en-da": 0.25}
+    assert [p.source for p in corpus.held_out] == [a for a, _ in sentences(5, 10, "")]
+    kept = [a for a, _ in sentences(0, 5, "") + sentences(25, 60, "") + sentences(0, 5, "")]
+    assert [p.source for p in corpus.pairs["en-de"]] == kept  # nothing of the four files
+    assert [p.source for p in corpus.pairs["en-da"]] == [a for a, _ in sentences(0, 5, "") + sentences(25, 30, "")]
+    assert [p[:0:-1] for p in corpus.pairs["de-en"]] == [p[1:] for p in corpus.pairs["en-de"]]
+    (tmp_path / "dev.tsv.gz").unlink()
+    assert len(babel.load_corpus(tmp_path).held_out) == 6  # a tenth of the main file
+    with pytest.raises(ValueError, match="languages is 'en-fr': choose en-da, en-de"):
+        babel.load_corpus(tmp_path, "en-fr")
+
+
+def test_a_folder_with_train(tmp_path):
+    for codes, more in (("en-ca", 100), ("en-es", 40), ("en-ro", 40)):
+        write(tmp_path / "train" / f"{codes}.tsv.gz", codes, sentences(0, more, codes))
+    write(tmp_path / "train" / "multi6.tsv.gz", "en-xx", sentences(0, 3, "no pair"))
+    corpus = babel.load_corpus(tmp_path)
+    assert corpus.shares == {"en-ca": 0.6, "ca-en": 0.15, "en-es": 0.125, "en-ro": 0.125}
+    assert [p.source for p in corpus.held_out] == [a for a, _ in sentences(90, 100, "")]
+    assert [len(side) for side in corpus.pairs.values()] == [90, 90, 40, 40]
+    other = babel.load_corpus(tmp_path, "en-es")
+    assert other.languages == "en-es" and [p.target[:5] for p in other.held_out] == ["en-es"] * 4
+    assert len(other.pairs["en-ca"]) == 96  # what is held out is so in all languages
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds neither pretrain-XX-YY.tsv.gz nor train/XX-YY"):
+        babel.load_corpus(tmp_path / "empty")
+
+
+TINY = {"vocabulary": 300, "hidden": 32, "layers": 1, "progress": False}
+PAIRS = {
+    "en-ca": [Pair("x", *p) for p in sentences(0, 40, "Hi ha")],
+    "en-de": [Pair("x", *p) for p in sentences(0, 9, "Da")],
+}
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_documents_of_real_text():
+    tokenizer = babel._train_tokenizer(PAIRS, 400)
+    opens, stops, eos = tokenizer.convert_tokens_to_ids(["<s>", "<d>", "</s>"])
+    begun = {opens: 0, stops: 0}
+    asked = {"Catalan": 0, "German": 0}
+    for step in range(40):
+        for ids, weight in zip(*babel._real_rows(tokenizer, PAIRS, {"en-ca": 3, "en-de": 1}, 0, step)):
+            starts = [i for i, x in enumerate(ids) if x in begun]
+            assert starts[0] == 0 and len(ids) == 128
+            for start, end in itertools.pairwise([*starts, 128]):
+                begun[ids[start]] += 1
+                document = ids[start:end]
+                text = tokenizer.decode(document[1:])
+                asked["Catalan"] += "Catalan" in text
+                asked["German"] += "German" in text
+                ended = ids[start] == stops and end < 128  # one pair and EOS
+                assert (document[-1] == eos and text.count("There are") == 1) if ended else eos not in document[:-1]
+                assert ids[start] == stops or end == 128  # others go on to the end of the row
+            assert set(weight.round(1).tolist()) <= {0, np.float32(0.3), 1}
+    assert 0.25 < begun[stops] / sum(begun.values()) < 0.35
+    assert 0.2 < asked["German"] / sum(asked.values()) < 0.3
+
+
+def test_minutes_fix_the_steps_and_a_broken_run_goes_on(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(babel, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second each time
+    monkeypatch.setattr(babel, "_SAVE_EVERY", 2)
+    seen = []
+
+    def watch(step, model, tokenizer):
+        seen.append(step)
+        if len(seen) in (2, 3):
+            raise KeyboardInterrupt
+        return {"bleu": float(step)}
+
+    run = partial(babel.pretrain_on_pairs, PAIRS, tmp_path / "runs" / "a", **TINY, minutes=0.05, watch=watch)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        clock = itertools.count(0, 1000)  # slower by far: the number of steps stands
+        assert [p.name for p in (tmp_path / "runs").iterdir()] == [".a.safetensors"]
+    with pytest.raises(ValueError, match="the state of another run .*: name another folder, or remove the file"):
+        run(seed=1)
+    folder = run()
+    steps = int(0.95 * 3 / 0.1)  # ten steps took a second
+    record = json.loads((folder / "pretrain.json").read_text())
+    assert record["steps"] == len(record["losses"]) == steps and seen[1] == seen[2] < steps == seen[-1]
+    assert [p["bleu"] for p in record["points"]] == [p["step"] for p in record["points"]] and len(record["points"]) == 6
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a"]
+    monkeypatch.undo()
+    whole = babel.pretrain_on_pairs(PAIRS, tmp_path / "b", **TINY, steps=steps)
+    assert weights(whole) == weights(folder)
+    assert json.loads((whole / "pretrain.json").read_text())["losses"] == record["losses"]
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    run()  # is done
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert weights(babel.pretrain_on_pairs(PAIRS, folder, **TINY, steps=2, penalty=2.0)) != weights(whole)
+
+
+def test_weight_decay_is_on_matrices_only():
+    tokenizer = babel._train_tokenizer(PAIRS, 300)
+    run = babel._RealRun(babel._new_llama(tokenizer, 32, 1, 0), None, 0)
+    assert [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in run.adam.param_groups] == [(0.1, {2}), (0, {1})]
+    assert sum(len(g["params"]) for g in run.adam.param_groups) == len(list(run.model.parameters()))
+
+
+def test_values_are_checked_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(babel, "_train_tokenizer", None)
+    for wrong, sentence in (
+        ({"minutes": 0}, "minutes is 0: give how long"),
+        ({"minutes": -3.5}, "minutes is -3.5"),
+        ({"minutes": float("nan")}, "minutes is nan"),
+        ({"minutes": float("inf")}, "minutes is inf"),
+        ({"steps": -1}, "steps is -1: give a whole number of at least 0"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"layers": 0}, "layers is 0: give a whole number of at least 1"),
+        ({"vocabulary": 0}, "vocabulary is 0"),
+        ({"hidden": 30}, "hidden is 30: give a multiple of 8"),
+        ({"hidden": 1000}, "hidden is 1000: .*of 64"),
+        ({"penalty": -1}, "penalty is -1"),
+        ({"shares": {"en-fr": 1}}, "shares gives en-fr a share of 1: name directions that have pairs"),
+        ({"shares": {"en-ca": 0}}, "shares gives en-ca a share of 0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            babel.pretrain_on_pairs(PAIRS, tmp_path / "m", **TINY | wrong)
+    with pytest.raises(ValueError, match="no pairs to pre-train on"):
+        babel.pretrain_on_pairs({"en-ca": []}, tmp_path / "m")
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(FileExistsError, match="something else"):
+        babel.pretrain_on_pairs(PAIRS, tmp_path, **TINY)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_what_make_run_real_would_do(tmp_path):
+    "It makes a model where none is given or shared, and runs the experiment on the sentences of the folder."
+
+    def steps(*given):
+        names = [f"KSLOTTERY_{kind}={tmp_path / kind.lower()}" for kind in ("DATA", "MODELS")]
+        command = ["make", "-n", "-o", ".venv/ready", "run-real", *names, *given]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        model = said.split("test -n ")[1].split()[0].strip('"')
+        return model, said.replace("\\\n", "").split("\n")[-2].split()
+
+    short_folder(tmp_path / "data" / "short")
+    write(tmp_path / "data" / "train" / "en-ca.tsv.gz", "en-ca", sentences(0, 9, ""))
+    assert steps()[0] == ""  # none is shared
+    (tmp_path / "models" / "en-de-short").mkdir(parents=True)
+    model, experiment = steps()
+    assert model == str(tmp_path / "models" / "en-de-short") and f"model={model}" in experiment
+    for name in ("train", "test", "calibration"):
+        assert f"{name}={tmp_path}/data/short/{name}.tsv.gz" in experiment
+    assert {"languages=en-de", "top_k=7", "lr_embed=2e-3", "template=explicit"} <= {*experiment}
+    assert steps(f"DATA={tmp_path}/data/short/")[0] == model and steps("MODEL=mine")[0] == "mine"
+    assert steps("MODEL=")[0] == ""  # make one all the same
+    model, experiment = steps(f"DATA={tmp_path}/data")
+    assert model == "" and "model=runs/pretrain/model" in experiment and "languages=en-ca" in experiment
+    assert f"test={tmp_path}/data/ntrex/eng.txt,{tmp_path}/data/ntrex/cat.txt" in experiment
