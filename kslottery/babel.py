@@ -522,7 +522,7 @@ class Corpus(NamedTuple):
     shares: dict[str, float]
     held_out: list[Pair]
 
-# %% ../nbs/16_babel.ipynb #9c74a7f5
+# %% ../nbs/16_babel.ipynb #461c5409
 def load_corpus(folder: str | Path, languages: str = "") -> Corpus:
     """Read the parallel text in a folder.
 
@@ -548,8 +548,11 @@ def load_corpus(folder: str | Path, languages: str = "") -> Corpus:
     """
     home = Path(folder).expanduser()
     found = sorted(home.glob("pretrain-*-*.tsv.gz")) or sorted(home.glob("train/*-*.tsv.gz"))
-    sentence = f"{folder} holds neither pretrain-XX-YY.tsv.gz nor train/XX-YY.tsv.gz: name the folder that has them"
-    must(found, sentence, FileNotFoundError)
+    must(
+        found,
+        f"{folder} holds neither pretrain-XX-YY.tsv.gz nor train/XX-YY.tsv.gz: name the folder that has them",
+        FileNotFoundError,
+    )
     files = {f.name.removeprefix("pretrain-").removesuffix(".tsv.gz"): f for f in found}
     pairs: dict[str, list[Pair]] = {codes: load_pairs(file, codes) for codes, file in files.items()}
     main = languages or max(pairs, key=lambda codes: len(pairs[codes]))
@@ -564,7 +567,7 @@ def load_corpus(folder: str | Path, languages: str = "") -> Corpus:
     pairs[back] = [Pair(pair.id, pair.target, pair.source) for pair in pairs[main]]
     return Corpus(main, {codes: pairs[codes] for codes in shares}, shares, apart["dev"])
 
-# %% ../nbs/16_babel.ipynb #ac136daf
+# %% ../nbs/16_babel.ipynb #d62a132a
 _REAL_FORMATS = (
     "{a}: {s}\n{b}: ",
     "Sentence: {s}\nTranslation to {b}: ",
@@ -603,7 +606,7 @@ def _real_rows(tokenizer, pairs, shares, seed, step):
     begin = lambda: (rng.choices(list(shares), list(shares.values()))[0], rng.choice(_REAL_FORMATS))
     return _pack(rng, tokenizer, begin, partial(_real_translation, rng, pairs), _BATCH, 128)
 
-# %% ../nbs/16_babel.ipynb #34ef1b4c
+# %% ../nbs/16_babel.ipynb #6d2d0655
 class _RealRun:  # a model that learns from the rows that `rows(step)` gives
     def __init__(self, model, rows, penalty):
         self.model, self.rows, self.penalty = to_accelerator(model), rows, penalty
@@ -622,44 +625,35 @@ class _RealRun:  # a model that learns from the rows that `rows(step)` gives
     def save(self, path, record):
         from safetensors.torch import save_file
 
-        moments = self.adam.state_dict()["state"].items()
-        tensors = {f"model {name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"{number} {name}": tensor for number, state in moments for name, tensor in state.items()}
+        states = {"model": self.model.state_dict(), **self.adam.state_dict()["state"]}
+        tensors = {f"{part} {name}": tensor for part, state in states.items() for name, tensor in state.items()}
         with whole_file(path) as part:
             save_file(tensors, part, {"record": json.dumps(record)})
 
     def load(self, path, run):
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["record"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a whole state ({error}): remove it to start again") from error
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        with safe_open(path, "pt") as file:
+            record = json.loads(file.metadata()["record"])
+            for part, name in map(str.split, file.keys()):
+                states.setdefault(part, {})[name] = file.get_tensor(f"{part} {name}")
         must(
             record["run"] == run,
             f"{path} is the state of another run (other sentences or settings), which can go on: "
             "name another folder, or remove the file to start again",
         )
-        states: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            states.setdefault(name.split(" ")[0], {})[name.split(" ")[1]] = tensor
         self.model.load_state_dict(states.pop("model"))
-        moments = {int(number): state for number, state in states.items()}
-        self.adam.load_state_dict(self.adam.state_dict() | {"state": moments})
+        self.adam.load_state_dict(self.adam.state_dict() | {"state": {int(i): state for i, state in states.items()}})
         return record
 
-# %% ../nbs/16_babel.ipynb #f6b0c04b
+# %% ../nbs/16_babel.ipynb #43e12ec4
 _WARM, _TIMED, _POINTS, _SAVE_EVERY = 3, 10, 6, 60  # steps, steps, looks at the model on the way, seconds
 
 
 def _steps_within(minutes, run):
-    for number in range(_WARM + _TIMED):
-        if number == _WARM:
-            started = time.monotonic()
-        run.step(number, _WARM + _TIMED)
-    each = (time.monotonic() - started) / _TIMED
+    ticks = [(run.step(number, _WARM + _TIMED), time.monotonic())[1] for number in range(_WARM + _TIMED)]
+    each = (ticks[-1] - ticks[_WARM - 1]) / _TIMED
     return max(_TIMED, int(0.95 * 60 * minutes / each))  # a twentieth is for the looks and the files
 
 
@@ -686,14 +680,13 @@ def _train_real(begin, path, about, steps, minutes, watch, progress):
                 saved = time.monotonic()
     return run.model, record
 
-# %% ../nbs/16_babel.ipynb #9f12039e
+# %% ../nbs/16_babel.ipynb #37d15be9
 def _check_real(pairs, shares, whole, minutes, penalty):
     must(any(pairs.values()), "there are no pairs to pre-train on: give some sentences and their translations")
     for name, (value, least) in whole.items():
         must(isinstance(value, int) and value >= least, f"{name} is {value!r}: give a whole number of at least {least}")
-    hidden = whole["hidden"][0]
     must(
-        hidden % (2 * max(4, hidden // 64)) == 0,
+        (hidden := whole["hidden"][0]) % (2 * max(4, hidden // 64)) == 0,
         f"hidden is {hidden}: give a multiple of 8 below 256, and of 64 above, so that the heads share it evenly",
     )
     must(0 < minutes < math.inf, f"minutes is {minutes}: give how long to train, more than 0")
@@ -726,7 +719,7 @@ def _pretrain_real(pairs, folder, shares, shape, length, penalty, watch, progres
     state.unlink(missing_ok=True)
     return folder
 
-# %% ../nbs/16_babel.ipynb #4f494a12
+# %% ../nbs/16_babel.ipynb #e0af8eba
 def pretrain_on_pairs(
     pairs: dict[str, list[Pair]],
     folder: str | Path,
