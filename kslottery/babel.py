@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TASKS', 'VERSION', 'SIZES', 'make_task', 'World', 'build_world', 'resolve', 'Corpus',
-           'load_corpus', 'pretrain_on_pairs']
+           'load_corpus', 'Pretraining', 'pretrain_on_pairs']
 
 # %% ../nbs/16_babel.ipynb #2683edce
 import itertools
@@ -14,7 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -522,7 +522,7 @@ class Corpus(NamedTuple):
     shares: dict[str, float]
     held_out: list[Pair]
 
-# %% ../nbs/16_babel.ipynb #461c5409
+# %% ../nbs/16_babel.ipynb #13fdc870
 def load_corpus(folder: str | Path, languages: str = "") -> Corpus:
     """Read the parallel text in a folder.
 
@@ -567,7 +567,7 @@ def load_corpus(folder: str | Path, languages: str = "") -> Corpus:
     pairs[back] = [Pair(pair.id, pair.target, pair.source) for pair in pairs[main]]
     return Corpus(main, {codes: pairs[codes] for codes in shares}, shares, apart["dev"])
 
-# %% ../nbs/16_babel.ipynb #d62a132a
+# %% ../nbs/16_babel.ipynb #12c67a5c
 _REAL_FORMATS = (
     "{a}: {s}\n{b}: ",
     "Sentence: {s}\nTranslation to {b}: ",
@@ -606,7 +606,7 @@ def _real_rows(tokenizer, pairs, shares, seed, step):
     begin = lambda: (rng.choices(list(shares), list(shares.values()))[0], rng.choice(_REAL_FORMATS))
     return _pack(rng, tokenizer, begin, partial(_real_translation, rng, pairs), _BATCH, 128)
 
-# %% ../nbs/16_babel.ipynb #6d2d0655
+# %% ../nbs/16_babel.ipynb #2da79aeb
 class _RealRun:  # a model that learns from the rows that `rows(step)` gives
     def __init__(self, model, rows, penalty):
         self.model, self.rows, self.penalty = to_accelerator(model), rows, penalty
@@ -647,7 +647,7 @@ class _RealRun:  # a model that learns from the rows that `rows(step)` gives
         self.adam.load_state_dict(self.adam.state_dict() | {"state": {int(i): state for i, state in states.items()}})
         return record
 
-# %% ../nbs/16_babel.ipynb #43e12ec4
+# %% ../nbs/16_babel.ipynb #683f0ef8
 _WARM, _TIMED, _POINTS, _SAVE_EVERY = 3, 10, 6, 60  # steps, steps, looks at the model on the way, seconds
 
 
@@ -657,12 +657,12 @@ def _steps_within(minutes, run):
     return max(_TIMED, int(0.95 * 60 * minutes / each))  # a twentieth is for the looks and the files
 
 
-def _train_real(begin, path, about, steps, minutes, watch, progress):
+def _train_real(begin, path, about, settings, watch, progress):
     run = begin()
     if path.exists():
         record = run.load(path, about)
     else:
-        steps = steps or _steps_within(minutes, begin())
+        steps = settings.steps or _steps_within(settings.minutes, begin())
         record = {"run": about, "steps": steps, "losses": [], "points": []}
         run.save(path, record)
     losses, points, steps, saved = record["losses"], record["points"], record["steps"], time.monotonic()
@@ -680,74 +680,19 @@ def _train_real(begin, path, about, steps, minutes, watch, progress):
                 saved = time.monotonic()
     return run.model, record
 
-# %% ../nbs/16_babel.ipynb #37d15be9
-def _check_real(pairs, shares, whole, minutes, penalty):
-    must(any(pairs.values()), "there are no pairs to pre-train on: give some sentences and their translations")
-    for name, (value, least) in whole.items():
-        must(isinstance(value, int) and value >= least, f"{name} is {value!r}: give a whole number of at least {least}")
-    must(
-        (hidden := whole["hidden"][0]) % (2 * max(4, hidden // 64)) == 0,
-        f"hidden is {hidden}: give a multiple of 8 below 256, and of 64 above, so that the heads share it evenly",
-    )
-    must(0 < minutes < math.inf, f"minutes is {minutes}: give how long to train, more than 0")
-    must(0 <= penalty < math.inf, f"penalty is {penalty}: give a number of at least 0, which is none")
-    for codes, share in shares.items():
-        must(
-            pairs.get(codes) and 0 < share < math.inf,
-            f"shares gives {codes} a share of {share}: name directions that have pairs, and shares above 0",
-        )
+# %% ../nbs/16_babel.ipynb #61b77648
+@dataclass(frozen=True)
+class Pretraining:
+    """Which model `pretrain_on_pairs` makes, and how long it takes.
 
-
-def _pretrain_real(pairs, folder, shares, shape, length, penalty, watch, progress):
-    is_own = lambda path: (path / "config.json").exists()
-    refuse_strangers(folder, is_own)
-    about = fingerprint(json.dumps([pairs, shares, shape, length, penalty, _REAL_FORMATS]))
-    note, state = folder / "pretrain.json", folder.with_name(f".{folder.name}.safetensors")
-    if note.exists() and json.loads(note.read_text())["run"] == about:
-        return folder
-    (vocabulary, hidden, layers, seed), (steps, minutes) = shape, length
-    tokenizer = _train_tokenizer(pairs, vocabulary)
-    short = {x: [p for p in side if len(p.source) + len(p.target) < 250] or side for x, side in pairs.items()}
-    rows = partial(_real_rows, tokenizer, short, shares, seed)
-    begin = lambda: _RealRun(_new_llama(tokenizer, hidden, layers, seed), rows, penalty)
-    look = watch and (lambda step, model: watch(step, model, tokenizer))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    model, record = _train_real(begin, state, about, steps, minutes, look, progress)
-    with whole_folder(folder, is_own) as work:
-        _save(model, tokenizer, work)
-        write_json(work / note.name, record)
-    state.unlink(missing_ok=True)
-    return folder
-
-# %% ../nbs/16_babel.ipynb #e0af8eba
-def pretrain_on_pairs(
-    pairs: dict[str, list[Pair]],
-    folder: str | Path,
-    *,
-    shares: dict[str, float] | None = None,
-    vocabulary: int = 4096,
-    hidden: int = 256,
-    layers: int = 4,
-    minutes: float = 25,
-    steps: int = 0,
-    penalty: float = 0,
-    seed: int = 0,
-    watch: Callable[[int, Any, Any], dict[str, Any]] | None = None,
-    progress: bool | str = True,
-) -> Path:
-    """Train a tokenizer and a small multilingual Llama on parallel text, and save them as a checkpoint.
-
-    Parameters
+    Attributes
     ----------
-    pairs : dict of str to list of Pair
-        "source-target" codes and their sentences, as in a `Corpus`.
-    folder : str or Path
-        Where the checkpoint goes, with `pretrain.json`: steps, losses, what was seen on the way. An older one there is
-        replaced. A run that was broken off goes on, on a CPU bit for bit, from `.NAME.safetensors` beside it.
-    shares : dict of str to float, optional
-        The share of the documents of each direction; by default all that have pairs get the same.
-    vocabulary, hidden, layers : int, default 4096, 256 and 4
-        Size of the byte-level BPE, width and depth of the model.
+    vocabulary : int, default 4096
+        Size of the byte-level BPE.
+    hidden : int, default 256
+        Width of the model; it has four heads, and above 256 one for every 64.
+    layers : int, default 4
+        Its depth.
     minutes : float, default 25
         How long to train: fixes the number of steps, by the time of the first ones.
     steps : int, default 0
@@ -756,6 +701,82 @@ def pretrain_on_pairs(
         Weight of the mean squared length of the rows read (2 in the built-in world): rows of frequent tokens shrink.
     seed : int, default 0
         Of the weights and of the corpus.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    """
+
+    vocabulary: int = 4096
+    hidden: int = 256
+    layers: int = 4
+    minutes: float = 25
+    steps: int = 0
+    penalty: float = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"vocabulary": 1, "hidden": 1, "layers": 1, "steps": 0}.items():
+            value = getattr(self, name)
+            must(
+                isinstance(value, int) and value >= least,
+                f"{name} is {value!r}: give a whole number of at least {least}",
+            )
+        must(
+            self.hidden % (2 * max(4, self.hidden // 64)) == 0,
+            f"hidden is {self.hidden}: give a multiple of 8 below 256, and of 64 above, so that its heads are even",
+        )
+        must(0 < self.minutes < math.inf, f"minutes is {self.minutes}: give how long to train, more than 0")
+        must(0 <= self.penalty < math.inf, f"penalty is {self.penalty}: give a number of at least 0, which is none")
+
+# %% ../nbs/16_babel.ipynb #b57a87b7
+def _is_checkpoint(path):
+    return (path / "config.json").exists()
+
+
+def _pretrain_real(pairs, folder, settings, shares, watch, progress):
+    given = asdict(settings) | ({"minutes": 0} if settings.steps else {})  # which then does not matter
+    about = fingerprint(json.dumps([pairs, shares, given, _REAL_FORMATS]))
+    note, state = folder / "pretrain.json", folder.with_name(f".{folder.name}.safetensors")
+    if note.exists() and json.loads(note.read_text())["run"] == about:
+        return
+    tokenizer, seed = _train_tokenizer(pairs, settings.vocabulary), settings.seed
+    short = {x: [p for p in side if len(p.source) + len(p.target) < 250] or side for x, side in pairs.items()}
+    rows = partial(_real_rows, tokenizer, short, shares, seed)
+    begin = lambda: _RealRun(_new_llama(tokenizer, settings.hidden, settings.layers, seed), rows, settings.penalty)
+    look = watch and (lambda step, model: watch(step, model, tokenizer))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    model, record = _train_real(begin, state, about, settings, look, progress)
+    with whole_folder(folder, is_own=_is_checkpoint) as work:
+        _save(model, tokenizer, work)
+        write_json(work / note.name, record)
+    state.unlink(missing_ok=True)
+
+# %% ../nbs/16_babel.ipynb #f4387eb9
+def pretrain_on_pairs(
+    pairs: dict[str, list[Pair]],
+    folder: str | Path,
+    settings: Pretraining = Pretraining(),
+    *,
+    shares: dict[str, float] | None = None,
+    watch: Callable[[int, Any, Any], dict[str, Any]] | None = None,
+    progress: bool | str = True,
+) -> Path:
+    """Train a tokenizer and a small multilingual Llama on parallel text, and save them as a checkpoint.
+
+    A run that was broken off goes on, on a CPU bit for bit, from the file `.NAME.safetensors` beside the folder NAME.
+
+    Parameters
+    ----------
+    pairs : dict of str to list of Pair
+        "source-target" codes and their sentences, as in a `Corpus`.
+    folder : str or Path
+        Where the checkpoint goes, with `pretrain.json`: steps, losses, what `watch` saw. An older one is replaced.
+    settings : Pretraining
+        Which model, and how long.
+    shares : dict of str to float, optional
+        The share of the documents of each direction; by default all that have pairs get the same.
     watch : function of int, model and tokenizer, optional
         Called at six points with the steps done; what it returns, a dict for JSON, is kept. The bar shows its floats.
     progress : bool or str, default True
@@ -769,12 +790,17 @@ def pretrain_on_pairs(
     Raises
     ------
     ValueError
-        If there are no pairs, a value is out of range, or the state beside the folder is another run's.
+        If there are no pairs, a share is of none or nothing, or the state beside the folder is another run's.
     FileExistsError
         If the folder holds something else.
     """
+    must(any(pairs.values()), "there are no pairs to pre-train on: give some sentences and their translations")
     shares = dict.fromkeys((x for x, side in pairs.items() if side), 1.0) if shares is None else shares
-    whole = {"vocabulary": (vocabulary, 1), "hidden": (hidden, 1), "layers": (layers, 1), "steps": (steps, 0)}
-    _check_real(pairs, shares, whole, minutes, penalty)
-    shape, length = (vocabulary, hidden, layers, seed), (steps, 0 if steps else minutes)
-    return _pretrain_real(pairs, Path(folder), shares, shape, length, penalty, watch, progress)
+    for codes, share in shares.items():
+        must(
+            pairs.get(codes) and 0 < share < math.inf,
+            f"shares gives {codes} a share of {share}: name directions that have pairs, and shares above 0",
+        )
+    refuse_strangers(folder, _is_checkpoint)
+    _pretrain_real(pairs, Path(folder), settings, shares, watch, progress)
+    return Path(folder)

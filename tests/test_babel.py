@@ -228,7 +228,7 @@ def test_a_folder_with_train(tmp_path):
         babel.load_corpus(tmp_path / "empty")
 
 
-TINY = {"vocabulary": 300, "hidden": 32, "layers": 1, "progress": False}
+TINY = partial(babel.Pretraining, vocabulary=300, hidden=32, layers=1)
 PAIRS = {
     "en-ca": [Pair("x", *p) for p in sentences(0, 40, "Hi ha")],
     "en-de": [Pair("x", *p) for p in sentences(0, 9, "Da")],
@@ -274,28 +274,30 @@ def test_minutes_fix_the_steps_and_a_broken_run_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return {"bleu": float(step)}
 
-    run = partial(babel.pretrain_on_pairs, PAIRS, tmp_path / "runs" / "a", **TINY, minutes=0.3, watch=watch)
+    def run(**given):
+        return babel.pretrain_on_pairs(PAIRS, tmp_path / "runs" / "a", TINY(**given), watch=watch, progress=False)
+
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run()
+            run(minutes=0.3)
         clock = itertools.count(0, 1000)  # slower by far: the number of steps stands
         assert [p.name for p in (tmp_path / "runs").iterdir()] == [".a.safetensors"]
     with pytest.raises(ValueError, match="the state of another run .*: name another folder, or remove the file"):
-        run(seed=1)
-    folder = run()
+        run(minutes=0.3, seed=1)
+    folder = run(minutes=0.3)
     steps = int(0.95 * 18)  # a step took a second
     record = json.loads((folder / "pretrain.json").read_text())
     assert record["steps"] == len(record["losses"]) == steps and seen[1] == seen[2] < steps == seen[-1]
     assert [p["bleu"] for p in record["points"]] == [p["step"] for p in record["points"]] and len(record["points"]) == 6
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a"]
     monkeypatch.undo()
-    whole = babel.pretrain_on_pairs(PAIRS, tmp_path / "b", **TINY, steps=steps)
+    whole = babel.pretrain_on_pairs(PAIRS, tmp_path / "b", TINY(steps=steps), progress=False)
     assert weights(whole) == weights(folder)
     assert json.loads((whole / "pretrain.json").read_text())["losses"] == record["losses"]
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    run()  # is done
+    run(minutes=0.3)  # is done
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    assert weights(babel.pretrain_on_pairs(PAIRS, folder, **TINY, steps=2, penalty=2.0)) != weights(whole)
+    assert weights(run(steps=2, penalty=2.0)) != weights(whole)  # another run, in the place of the finished one
 
 
 def test_weight_decay_is_on_matrices_only():
@@ -319,16 +321,20 @@ def test_values_are_checked_before_work(tmp_path, monkeypatch):
         ({"hidden": 30}, "hidden is 30: give a multiple of 8"),
         ({"hidden": 1000}, "hidden is 1000: .*of 64"),
         ({"penalty": -1}, "penalty is -1"),
-        ({"shares": {"en-fr": 1}}, "shares gives en-fr a share of 1: name directions that have pairs"),
-        ({"shares": {"en-ca": 0}}, "shares gives en-ca a share of 0"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            babel.pretrain_on_pairs(PAIRS, tmp_path / "m", **TINY | wrong)
+            TINY(**wrong)
+    for shares, sentence in (
+        ({"en-fr": 1}, "shares gives en-fr a share of 1: name directions that have pairs"),
+        ({"en-ca": 0}, "shares gives en-ca a share of 0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            babel.pretrain_on_pairs(PAIRS, tmp_path / "m", TINY(), shares=shares)
     with pytest.raises(ValueError, match="no pairs to pre-train on"):
         babel.pretrain_on_pairs({"en-ca": []}, tmp_path / "m")
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(FileExistsError, match="something else"):
-        babel.pretrain_on_pairs(PAIRS, tmp_path, **TINY)
+        babel.pretrain_on_pairs(PAIRS, tmp_path, TINY())
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
