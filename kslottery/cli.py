@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,6 +22,7 @@ import kslottery
 from .core import load_model, must, quiet_transformers, refuse_strangers, run_folder, whole_file, whole_folder
 from kslottery.run import (
     NotebookFailed,
+    dry_run,
     execute,
     find_notebook,
     follow_bars,
@@ -146,29 +147,52 @@ def _sourced(found, model, revision):
         found, provenance=dataclasses.replace(found.provenance, **source | _given(revision=revision))
     )
 
+# %% ../nbs/19_cli.ipynb #3ab7f0e4
+_Parameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--parameter",
+        "-p",
+        metavar="NAME=VALUE",
+        help="Set a parameter of the notebook; may be repeated, and wins over --parameters-file.",
+    ),
+]
+_File = Annotated[
+    str,
+    typer.Option(
+        "--parameters-file",
+        "-f",
+        metavar="FILE.yaml",
+        help="Set the parameters that a YAML file names: a path, or the name of a tutorial's (reproduce-7b).",
+    ),
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, say what the run will take, and stop there.")
+]
+
 # %% ../nbs/19_cli.ipynb #cb919c5c
+def _dry(path, chosen, made):
+    # What a dry run says; the folders that it made are gone afterwards.
+    try:
+        return dry_run(path, chosen) or (
+            f"{path.name} has no cell with the tag 'plan': its parameters are known and of their types, "
+            "and nothing else was checked."
+        )
+    except NotebookFailed as error:
+        _fail(error, 2)
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
 @app.command()
 @_whole()
 def run(
     notebook: Annotated[str, typer.Argument(help="A tutorial's name or the path of a notebook.")] = "quickstart",
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--parameter",
-            "-p",
-            metavar="NAME=VALUE",
-            help="Set a parameter of the notebook; may be repeated, and wins over --parameters-file.",
-        ),
-    ] = None,
-    parameters_file: Annotated[
-        str,
-        typer.Option(
-            "--parameters-file",
-            "-f",
-            metavar="FILE.yaml",
-            help="Set the parameters that a YAML file names: a path, or the name of a tutorial's (reproduce-7b).",
-        ),
-    ] = "",
+    parameter: _Parameters = None,
+    parameters_file: _File = "",
+    dry: _DryRun = False,
     as_json: _Json = False,
 ) -> None:
     """Run a notebook with parameters and leave the executed notebook and a report in its output folder.
@@ -182,7 +206,11 @@ def run(
     )
     place = Path(chosen.get("out", defaults.get("out", f"runs/{path.stem}")))
     executed, report, results = (place / name for name in (f"{path.stem}.ipynb", "report.html", "results.json"))
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
     run_folder(place, {executed.name, report.name, results.name, "outputs", "ticket", "model"})
+    if dry:
+        plan = _dry(path, chosen, made)
+        return _say({"plan": plan}, as_json, plan)
     with _whole(f"the notebook so far: {executed}"):
         try:
             execute(path, executed, chosen)
