@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -77,6 +78,21 @@ def bar_label(progress: bool | str, default: str) -> tuple[str, bool]:
     return progress if isinstance(progress, str) else default, bool(progress)
 
 
+class _Shown:  # a file in a notebook: one output whose text is replaced, where each line of a stream would be one more
+    encoding = "utf-8"
+
+    def __init__(self):
+        from IPython.display import display
+
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text):
+        self.handle.update({"text/plain": text.strip()}, raw=True)
+
+    def flush(self):
+        pass
+
+
 @contextlib.contextmanager
 def progress_bar(total: int, label: str, show: bool = True) -> Iterator[Any]:
     """A `tqdm` bar for a `with` block that calls `.update(n)`.
@@ -93,13 +109,15 @@ def progress_bar(total: int, label: str, show: bool = True) -> Iterator[Any]:
     Yields
     ------
     tqdm
-        The bar, which writes to the file that `$KSLOTTERY_PROGRESS` names, else to standard error.
+        The bar, which writes to the file that `$KSLOTTERY_PROGRESS` names, else to one output of a notebook's cell,
+        else to standard error.
     """
     from tqdm import tqdm
 
-    side = os.environ.get("KSLOTTERY_PROGRESS")
+    side, shell = os.environ.get("KSLOTTERY_PROGRESS"), getattr(sys.modules.get("IPython"), "get_ipython", bool)()
+    shown = _Shown() if show and not side and hasattr(shell, "kernel") else None
     with (
-        open(side, "a", encoding="utf-8") if show and side else contextlib.nullcontext() as stream,
+        open(side, "a", encoding="utf-8") if show and side else contextlib.nullcontext(shown) as stream,
         tqdm(total=total, desc=label, disable=not show, file=stream, leave=False, mininterval=0.5, ncols=78) as bar,
     ):
         # The bar dies here, and not in a garbage collection, where its finalizer could swallow a Ctrl-C.

@@ -272,7 +272,7 @@ def _rates(model, examples, steps, alpha):
     small, needed = spread[spread > 0].tolist(), critical_value(alpha, matrix.shape[1])
     if not small or math.isinf(needed):
         return None
-    return 2.51 * needed * min(small) / (steps / 2), min(small) * math.sqrt(needed / 0.121) / math.sqrt(steps)
+    return 2.51 * needed * min(small) / (steps / 2), 2 * min(small) * math.sqrt(needed / 0.121 / steps)
 
 # %% ../nbs/18_doctor.ipynb #6f4be0c2
 def _size(n: float) -> str:

@@ -418,6 +418,23 @@ def _colours(style):
 
     return re.sub(r" */\*.*?\*/", "", HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight"))
 
+# %% ../nbs/17_run.ipynb #41c8e7f3
+def _settings_as_run(cells):
+    # The cells without papermill's, whose values stand in the notebook's own.
+    tagged = {tag: cell for cell in cells for tag in cell.metadata.get("tags", [])}
+    own, given = tagged.get("parameters"), tagged.get("injected-parameters")
+    if not (own and given):
+        return cells
+    lines, places = [line.encode() for line in own.source.split("\n")], _assigned(own.source)
+    for name, value in _assigned(given.source).items():
+        place = places.get(name)
+        if place is None or place.lineno != place.end_lineno:
+            return cells
+        line = lines[place.lineno - 1]
+        lines[place.lineno - 1] = line[: place.col_offset] + ast.unparse(value).encode() + line[place.end_col_offset :]
+    own.source = b"\n".join(lines).decode()
+    return [cell for cell in cells if cell is not given]
+
 # %% ../nbs/17_run.ipynb #0c5e1f88
 def write_report(notebook: Path, report: Path) -> None:
     """Render an executed notebook as one self-contained HTML page.
@@ -445,6 +462,7 @@ def write_report(notebook: Path, report: Path) -> None:
         r"^# (.+)", "\n".join(c.source for c in executed.cells if c.cell_type == "markdown"), re.MULTILINE
     )
     formulas: dict[str, str] = {}
+    executed.cells = _settings_as_run(executed.cells)
     for cell in executed.cells:
         if cell.cell_type == "markdown":
             cell.source = _math(_site_links(cell.source, source.resolve().parent), formulas)

@@ -448,8 +448,11 @@ class _Told(_Parts):
         if self.provenance.changed == 0:
             return "No row changed at all, both checkpoints hold the same matrix: are they the two that you meant?"
         best, tests = int(scan.top(1)[0]), len(scan.statistic) if how.correction else 1
-        needed = f", and {critical_value(how.alpha / tests, scan.d):.3f} is needed" if how.criterion == "ks" else ""
+        limit, found = critical_value(how.alpha / tests, scan.d), float(scan.statistic[best])
+        needed = f", and {limit:.3f} is needed" if how.criterion == "ks" else ""
         now = (f", now {recipe.lr_embed:g}", f", now {recipe.epochs_embed}") if recipe else ("", "")
+        if recipe and needed and 0 < found < limit < np.inf:  # D grows about with the root of the rate, see the doctor
+            now = (f"{now[0]}, to some {recipe.lr_embed * (limit / found) ** 2:.1g}", now[1])
         return (
             f"No row passes at alpha = {how.alpha:g}{f' with {how.correction}' if how.correction else ''}: the best, "
             f"id {best}, has {'D' if how.criterion == 'ks' else how.criterion} = {scan.statistic[best]:.3f}{needed}. "

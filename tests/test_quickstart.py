@@ -165,7 +165,8 @@ def test_the_report_is_self_contained(quickstart, results):
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", re.sub(r'<a [^>]*href="[^"]*"', "", page))
     assert "Traceback" not in page
     unfolded = re.sub(r'(?s)<details class="code">.*?</details>', "", page)
-    assert re.search("lr_embed .*# Parameters.*fast .*True", re.sub("<[^>]*>", "", unfolded), re.DOTALL)  # its settings
+    settings = re.sub("<[^>]*>", "", unfolded)  # as they were in this run
+    assert re.search("fast = True +# a smaller world", settings) and "# Parameters" not in settings
     assert (
         f"{SITE}babel.html" in page and ".ipynb)" not in page and "kslottery run quickstart -p fast=True" in page
     )  # where it leads, and how it was made
@@ -250,10 +251,15 @@ def test_bad_input_gets_one_sentence(tmp_path, parameters, words):
 VALUES = [
     ("alpha", 0, "alpha is 0"),
     ("top_k", -3, "top_k is -3"),
-    ("epochs", 0, "epochs_embed is 0"),
+    ("alpha", 1.5, "alpha is 1.5"),
+    ("epochs", 0, "epochs is 0"),
+    ("seed", -1, "seed is -1"),
+    ("num_beams", 0, "num_beams is 0"),
+    ("arms", "full,none", "an arm is 'none': choose all, transfer"),
     ("lr_embed", -1.0, "lr_embed is -1.0"),
     ("lr_partial", 0.0, "lr_partial is 0.0"),
     ("lr_lora", 0.0, "lr_lora is 0.0"),
+    ("lr_full", float("inf"), "lr is inf"),
     ("batch_size", 0, "batch_size is 0"),
     ("train_limit", -5, "train_limit is -5"),
     ("test_limit", -1, "test_limit is -1"),
@@ -275,6 +281,37 @@ def test_bad_values_are_refused_in_the_settings_cell(tmp_path, monkeypatch):
     for name, value, words in VALUES:
         with pytest.raises(ValueError, match=re.escape(words)):
             exec(cells[2].source, place | {name: value})
+    assert not any(tmp_path.iterdir())
+
+
+def test_arms_by_choice(tmp_path):
+    "One row asked for and one arm, which is the same row: it is not tuned again, and nothing else is."
+    settings = dict(fast="true", epochs=1, train_limit=60, test_limit=6, max_new_tokens=20, top_k=1, arms="one")
+    settings["out"] = tmp_path / "r"
+    status, said, error = kslottery("run", "quickstart", *[x for k, v in settings.items() for x in ("-p", f"{k}={v}")])
+    assert status == 0, error
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    assert results["arms"] == ["one_row"] and "random" not in said and "the single row" in said
+    assert set(results["systems"]) == {"base", "embed_tuning", "partial_tuning", "one_row"}
+    assert outputs(tmp_path / "r", "one_row") == outputs(tmp_path / "r", "partial_tuning")
+
+
+def test_what_is_the_same_is_translated_once():
+    source = next(c.source for c in nbformat.read(QUICKSTART, as_version=4).cells if "def evaluate" in c.source)
+    asked, scores = [], {"whole": {"bleu": 0}, "first_line": {"bleu": 0}, "eos_rate": 0}
+    place = {
+        "translate": lambda *a, **more: asked.append(a) or ["text"],
+        "score": lambda *a: scores,
+        "trainable_parameters": len,
+        "TunedRows": TunedRows,
+        **dict.fromkeys(("model", "tokenizer", "test_pairs", "prompt", "generation")),
+    }
+    exec(source.partition('evaluate("base")')[0], place)
+    rows, same = TunedRows([3], torch.ones(1, 4)), TunedRows([3], torch.ones(1, 4))
+    for name, tuned in (("base", None), ("empty", rows.restrict([])), ("ticket", rows), ("one_row", same)):
+        place["evaluate"](name, tuned)
+    assert len(asked) == 2 and [*place["outputs"]] == ["base", "empty", "ticket", "one_row"]
 
 
 def test_a_model_of_16_bits(tmp_path):

@@ -54,7 +54,7 @@ def report(asked, tmp_path_factory):
             "# A hostile <vocabulary>\n\n> What a token can do.\n\n"
             "[worlds](../16_babel.ipynb#the-world), [mine](mine.ipynb)"
         ),
-        code(f"token = {TOKEN!r}\nout = 'out'", metadata={"tags": ["parameters"]}),
+        code(f"token = {TOKEN!r}\nout = 'out'  # where to", metadata={"tags": ["parameters"]}),
         code("print(token, 'printed')"),
         code("token"),
         code(
@@ -199,7 +199,7 @@ def test_the_settings_stand_open_and_the_columns_fit(driver, report):
     show(driver, report, width=1200)
     seen = "[...document.querySelectorAll('.highlight pre')].filter(p => p.checkVisibility()).map(p => p.textContent)"
     settings = driver.execute_script(f"return {seen}")
-    assert len(settings) == 2 and "out = 'out'" in settings[0] and "# Parameters" in settings[1]
+    assert len(settings) == 1 and "# where to" in settings[0] and "out = 'out'" not in settings[0]  # but the run's
     fits = "const t = document.querySelector('table'), p = t.parentElement.closest('.output_html'); "
     fits += "[...t.rows].forEach(r => r.deleteCell(2)); return t.scrollWidth <= p.clientWidth"
     assert driver.execute_script(fits)  # nine columns, without the one of long texts

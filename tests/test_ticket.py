@@ -26,7 +26,7 @@ from conftest import ARCHITECTURES, ROOT, TIED, talker, tiny_model
 from kslottery.certificate import certify_agreement
 from kslottery.data import Pair, Pairs, Prompt
 from kslottery.evaluation import Generation
-from kslottery.ks import ks_scan
+from kslottery.ks import critical_value, ks_scan
 from kslottery.rows import TunedRows
 from kslottery.ticket import Provenance, Selection, Ticket
 from kslottery.tuning import Recipe
@@ -523,6 +523,13 @@ def test_advice_says_how_far_and_what_to_change():
     advice = Ticket([], facts, still.restrict([]), still, scan).advice
     for word in ("0.01 with bonferroni", "D = 0.000", "is needed", "lr_embed, now 1e-07", "epochs_embed", "top_k"):
         assert word in advice
+    assert "to some" not in advice  # nothing moved, so nothing is known
+    moved = TunedRows([3], still.restrict([3]).weight + 1e-3)
+    scan = ks_scan(model.get_input_embeddings().weight, moved.matrix(model))
+    limit, found = critical_value(0.05, 16), scan.statistic[3]
+    assert 0 < found < limit  # D grows about with the root of the rate
+    facts = Provenance.of(model, TOKENIZER, [], selection=Selection(alpha=0.05), recipe=recipe)
+    assert f"to some {1e-7 * (limit / found) ** 2:.1g}" in Ticket([], facts, still.restrict([]), still, scan).advice
     assert "no scan" in bare(model, []).advice
 
 
