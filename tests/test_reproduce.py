@@ -63,15 +63,15 @@ def test_the_set_for_7b_is_the_recipe():
     assert {n: given[n] for n in recipe} == recipe
     names = [language_names(d) for d in given["languages"].split(",")]
     assert names == [
-        ("English", x) for x in ("Catalan", "Spanish", "German", "Romanian")
-    ]  # a code that is not known would stand in the prompt
+        ("English", x) for x in ("Catalan", "Spanish", "German", "Romanian", "Danish", "Portuguese")
+    ]  # all six published tickets; a code that is not known would stand in the prompt
 
 
 def test_files_are_found_for_each_direction(tmp_path):
     "The notebook's own function, on files of two directions."
     cells = ["".join(c["source"]) for c in json.loads((TUTORIALS / "reproduce.ipynb").read_text())["cells"]]
     code = next(c for c in cells if "def data(" in c)
-    code = code[code.index("def data(") : code.index("pairs = {")]
+    code = code[code.index("def filled(") : code.index("pairs = {")]
     for pair, text in (("ca-en", "Bon dia.\tGood day."), ("en-es", "Good day.\tBuen día.")):
         (tmp_path / f"{pair}.tsv").write_text("\t".join(pair.split("-")) + f"\n{text}\n")
     from kslottery.babel import resolve
