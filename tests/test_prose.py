@@ -187,7 +187,7 @@ SMALL |= dict(samples=20, planted=4, runs=50)
 ODD = {
     "stranger": SMALL | dict(lr_embed=0.03, alpha=0.2, lr_full=0.0),
     "empty": SMALL | dict(lr_embed=1e-6, alpha=0.01, seed=1),
-    "one": SMALL | dict(top_k=1, n=200, epsilon=0.1, keep=4, tolerance=0.4),
+    "one": SMALL | dict(top_k=1, lr_embed=0.01, n=200, epsilon=0.1, keep=4, tolerance=0.4),
 }
 
 
@@ -206,7 +206,7 @@ def executed(page, folder, parameters):
         data = output.get("data", {})
         text = output.get("text") or data.get("text/markdown") or data.get("text/html") or data.get("text/plain", "")
         said.append(re.sub(r"(?s)<style.*?</style>|<[^>]*>", " ", "".join(text)))
-    return "\n".join(said)
+    return re.sub("(?s)```.*?```", " ", "\n".join(said))
 
 
 @pytest.mark.slow
