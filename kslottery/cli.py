@@ -534,14 +534,22 @@ def merge(
 
         base, tokenizer = load_model(source.model, source.revision, dtype=source.dtype, device="cpu")
         found.check(base, tokenizer)
+        before = base.num_parameters()  # tied matrices count once
         rows.write(base).save_pretrained(work)
+        added = (base.num_parameters() - before) * base.dtype.itemsize / 1e6
         # as it was: load_model may have named a padding token
         own = AutoTokenizer.from_pretrained(source.model, revision=source.revision, trust_remote_code=False)
         own.save_pretrained(work)
+    record = {name: getattr(source, name) for name in ("model", "revision")}
+    untied = (
+        f"Input and output embeddings were tied and are two matrices now, {added:,.1f} MB more: the rows change the "
+        "input only (rows of mode shared keep the tie)."
+    )
     _say(
-        {"out": str(out), "model": source.model, "revision": source.revision, "rows": len(rows), "mode": rows.mode},
+        {"out": str(out), **record, "rows": len(rows), "mode": rows.mode, "added_megabytes": added},
         as_json,
         f"{source.model} with {len(rows)} rows of {ticket} written in ({rows.mode}): {out}",
+        *([untied] if added else []),
     )
 
 
@@ -550,6 +558,14 @@ def merge(
 def convert(
     source: Annotated[Path, typer.Argument(help="A ticket folder, or the folder of a PEFT TrainableTokens adapter.")],
     out: Annotated[Path, typer.Option(help="The folder to write: a PEFT adapter, or a ticket.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            help="How a ticket is written: trainable_tokens, its rows; or lora, what they differ by from the base, "
+            "which also holds a ticket that changes the input only of a tied model.",
+        ),
+    ] = "trainable_tokens",
     model: _Model = "",
     revision: _Revision = "",
     as_json: _Json = False,
@@ -561,9 +577,10 @@ def convert(
     from kslottery.ticket import Ticket, is_ticket
 
     if is_ticket(source):
-        Ticket.load(source).to_peft(out)
-        _say({"out": str(out), "holds": "adapter"}, as_json, f"The PEFT adapter: {out}")
+        _sourced(Ticket.load(source), model, revision).to_peft(out, form)
+        _say({"out": str(out), "holds": "adapter", "form": form}, as_json, f"The PEFT adapter ({form}): {out}")
     else:
+        must(form != "lora", f"{source} is no ticket folder, and --as says how a ticket is written: leave it out")
         adapter = source / "adapter_config.json"
         stated = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
         if not (named := model or stated.get("base_model_name_or_path")):

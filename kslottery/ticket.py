@@ -16,17 +16,18 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
+import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from .card import card
 from .certificate import Certificate
-from .core import fingerprint, load_model, must, source_of, whole_file, whole_folder
+from .core import fingerprint, load_model, must, one_of, source_of, whole_file, whole_folder
 from .data import Example, Prompt, token_counts, token_text
 from .evaluation import Generation
 from .ks import CRITERIA, Scan, critical_value
@@ -662,58 +663,90 @@ class _Bound(_Told):
         return model, tokenizer
 
 # %% ../nbs/11_ticket.ipynb #cac934b7
+_FORMS = ("trainable_tokens", "lora")
+
+
 class _Adapter(_Bound):
-    @property
-    def peft_obstacle(self) -> str | None:
-        "Why the ticket cannot be a PEFT adapter, or None if it can."
+    def _obstacle(self, form: str) -> str | None:
+        tied, lora = self.provenance.tied_embeddings and self.mode == "input_only", form == "lora"
         reasons = {
             "the ticket is empty": not len(self.ids),
             "the ticket has no tuned rows": self.rows is None,
-            "the model ties input and output embeddings: PEFT would change both, and this ticket changes the input "
-            "only": self.provenance.tied_embeddings and self.mode == "input_only",
+            "the model ties input and output embeddings, and this ticket changes the input only, which trainable tokens "
+            "cannot; `kslottery peft TICKET --as lora` writes it as a LoRA": tied and not lora,
+            "its rows are read by the output, too, and a LoRA holds rows of the input only; take trainable_tokens": lora
+            and self.mode == "shared",
         }
         return next((reason for reason, true in reasons.items() if true), None)
 
-    def _write_adapter(self, folder: Path) -> None:
-        from peft import TrainableTokensConfig
+    @property
+    def peft_obstacle(self) -> str | None:
+        "Why the ticket's folder is no PEFT adapter of trainable tokens, and what to do; None if it is one."
+        return self._obstacle("trainable_tokens")
 
-        rows: Any = self.rows  # there are some, or there is a peft_obstacle
-        TrainableTokensConfig(
-            token_indices=rows.ids.tolist(),
-            target_modules=[self.provenance.embedding_module],
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=self.provenance.model,
-            revision=self.provenance.revision,
-            inference_mode=True,
-        ).save_pretrained(folder)
+    def _write_adapter(self, folder: Path, base: Any = None) -> None:  # as a LoRA, if the base is given
+        from peft import LoraConfig, TrainableTokensConfig
+
+        rows, facts = cast(TunedRows, self.rows), self.provenance  # there are some, or there is an obstacle
+        about: Any = {
+            "target_modules": [facts.embedding_module],
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": facts.model,
+            "revision": facts.revision,
+            "inference_mode": True,
+        }
+        if base is None:
+            config: Any = TrainableTokensConfig(token_indices=rows.ids.tolist(), **about)
+            both = (facts.embedding_module, facts.output_module)  # PEFT misses its rows in a tied output otherwise
+            tensors = {f"{module}.trainable_tokens_delta": rows.weight.detach() for module in both if module}
+        else:
+            config, name = (
+                LoraConfig(r=len(rows), lora_alpha=len(rows), **about),
+                f"{facts.embedding_module}.lora_embedding",
+            )
+            places = torch.nn.functional.one_hot(rows.ids, facts.V)
+            tensors = {f"{name}_A": places.float(), f"{name}_B": rows.delta(base).T.contiguous()}
+        config.save_pretrained(folder)
         save_file(
-            {
-                f"base_model.model.{module}.trainable_tokens_delta": rows.weight.detach().cpu().numpy()
-                for module in (self.provenance.embedding_module, self.provenance.output_module)
-                if module  # PEFT misses its rows in a tied output otherwise
-            },
+            {f"base_model.model.{module}": tensor.cpu().numpy() for module, tensor in tensors.items()},
             folder / "adapter_model.safetensors",
             {"format": "pt"},
         )
 
-    def to_peft(self, folder: str | Path) -> None:
+    def to_peft(
+        self,
+        folder: str | Path,
+        form: str = "trainable_tokens",
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
         """Write the ticket as a PEFT adapter and nothing else, whole or not at all.
 
         Parameters
         ----------
         folder : str or Path
             The folder to write: new, or empty.
+        form : {"trainable_tokens", "lora"}, default "trainable_tokens"
+            The rows themselves; or what they differ by from the base, as a LoRA of rank k on the input embedding, which
+            engines load and which leaves the output of a tied model as it is.
+        model : PreTrainedModel or None
+            For a LoRA, the plain base (default: the recorded one, loaded).
+        tokenizer : PreTrainedTokenizerBase or None
+            Its tokenizer.
 
         Raises
         ------
         FileExistsError
             If the folder is not empty.
         ValueError
-            If PEFT cannot hold the ticket (`peft_obstacle`).
+            If the form is another or cannot hold the ticket, and as `base`.
         """
-        must(self.peft_obstacle is None, f"PEFT cannot hold this ticket: {self.peft_obstacle}")
+        one_of("form", form, _FORMS)
+        must((why := self._obstacle(form)) is None, f"PEFT cannot hold this ticket as {form}: {why}")
+        base = self.base(model, tokenizer)[0] if form == "lora" else None
         with whole_folder(folder, is_own=lambda path: False) as work:
-            self._write_adapter(work)
+            self._write_adapter(work, base)
 
     @classmethod
     def from_peft(cls, folder: str | Path, model: Any, tokenizer: Any) -> Self:
@@ -754,7 +787,10 @@ class _Adapter(_Bound):
         known = [f"base_model.model.{m}.trainable_tokens_delta" for m in _modules(model)]  # PEFT stores tied rows twice
         strange, kind = [name for name in stored if name not in known], about.peft_type.value
         _demand(
-            (kind == "TRAINABLE_TOKENS", f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows"),
+            (
+                kind == "TRAINABLE_TOKENS",
+                f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows (of a ticket's LoRA, keep the ticket)",
+            ),
             (not strange and known[0] in stored, f"{folder} holds {', '.join(strange or stored)}: expected {known[0]}"),
         )
         rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")

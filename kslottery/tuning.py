@@ -323,7 +323,12 @@ def full_fine_tune(
     Yuan et al. 2025: a baseline.
     """
     tuned = copy.deepcopy(model).requires_grad_(True)
+    half = [p for p in tuned.parameters() if p.dtype == torch.float16]  # in which Adam's 1e-8 is 0: it divides by 0
+    for p in half:
+        p.data = p.data.float()
     train(tuned, examples, training, label=label)
+    for p in half:
+        p.data = p.data.half()
     return tuned
 
 

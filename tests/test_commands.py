@@ -64,7 +64,10 @@ def ticket_in(folder, base, mode="input_only", ids=(9, 4)):
 def test_a_merged_checkpoint_is_plain_and_gives_the_same_text(kind, mode, dtype, tmp_path):
     model = base_in(tmp_path / "base", kind, dtype)
     ticket = ticket_in(tmp_path / "t", tmp_path / "base", mode)
-    assert invoke("merge", tmp_path / "t", "--out", tmp_path / "m")[0] == 0
+    status, said, _ = invoke("merge", tmp_path / "t", "--out", tmp_path / "m")
+    assert status == 0
+    untied = "were tied and are two matrices now, 0.0 MB more" in said  # 64 x 16 numbers
+    assert untied == (kind in TIED and mode == "input_only")
     assert {p.name for p in (tmp_path / "m").iterdir()} >= {
         "model.safetensors",
         "config.json",
@@ -105,6 +108,24 @@ def test_ticket_to_adapter_to_ticket(kind, tmp_path):
     assert torch.equal(PeftModel.from_pretrained(model, tmp_path / "a").eval().generate(input_ids=X, **GREEDY), text)
     assert invoke("merge", tmp_path / "again", "--out", tmp_path / "m")[0] == 0
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval().generate(X, **GREEDY), text)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_lora_by_its_command(kind, tmp_path):
+    "On a tied model it is the way out that the refusal names; an adapter is read, not written."
+    model = base_in(tmp_path / "base", kind)
+    ticket = ticket_in(tmp_path / "t", tmp_path / "base")
+    status, _, error = invoke("peft", tmp_path / "t", "--out", tmp_path / "a")
+    assert (status == 2 and "--as lora" in error) if kind in TIED else status == 0
+    status, said, error = invoke("peft", tmp_path / "t", "--as", "lora", "--out", tmp_path / "lora", "--json")
+    assert status == 0 and json.loads(said)["form"] == "lora", error
+    with ticket.rows.applied(model):
+        text = model.generate(X, **GREEDY)
+    adapted = PeftModel.from_pretrained(model, tmp_path / "lora").eval()
+    assert torch.equal(adapted.generate(input_ids=X, **GREEDY), text)
+    for folder, form, words in (("lora", "lora", "--as says how a ticket is written"), ("t", "ia3", "form is 'ia3'")):
+        status, _, error = invoke("peft", tmp_path / folder, "--as", form, "--out", tmp_path / "other")
+        assert status == 2 and words in error and not (tmp_path / "other").exists()
 
 
 def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path, monkeypatch):

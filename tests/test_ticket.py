@@ -193,9 +193,85 @@ def test_what_peft_cannot_hold_is_named_and_not_written(kind, ids, reason, tmp_p
     ticket_for(tiny_model(kind), ids).save(tmp_path / "t")
     assert reason in json.loads((tmp_path / "t" / "ticket.json").read_text())["peft"]
     assert not list((tmp_path / "t").glob("adapter*")) and len(Ticket.load(tmp_path / "t").ids) == len(ids)
-    with pytest.raises(ValueError, match=f"PEFT cannot hold this ticket.*{reason}"):
+    with pytest.raises(ValueError, match=f"PEFT cannot hold this ticket as trainable_tokens.*{reason}") as refused:
         Ticket.load(tmp_path / "t").to_peft(tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    offered = "--as lora" in str(refused.value)  # where it can hold it, the sentence and the card say so
+    assert offered == ("--as lora" in (tmp_path / "t" / "README.md").read_text()) == (kind == "gpt2")
+
+
+def moved(model, k=5):
+    "Rows of a ticket, and the model's own, of the usual size."
+    own = TunedRows.of(model, range(3, 3 + 4 * k, 4))
+    return TunedRows(own.ids, own.weight + 0.02 * torch.randn(k, 16, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_lora_is_the_ticket(kind, dtype, tmp_path):
+    """Plain PEFT with the LoRA says what the rows say, tied or not, and the head of a tied model stays as it was.
+
+    In 16 bits it adds in fp32 and rounds once, as our mechanism does: the same numbers. In 32 bits a row is base plus
+    difference, to the last rounding of the difference.
+    """
+    model = talker(kind).to(dtype)
+    rows = moved(model)
+    bare(model, rows.ids.tolist(), rows).to_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
+    assert adapted.peft_config["default"].r == adapted.peft_config["default"].lora_alpha == len(rows)
+    x = torch.cat([X, rows.ids.repeat(2, 1)], 1)
+    with torch.no_grad():
+        with rows.applied(model):
+            ours = model(x).logits
+        assert torch.allclose(adapted(x).logits, ours, rtol=0, atol=2e-5 if dtype == torch.float32 else 0)
+        assert not torch.allclose(model(x).logits, ours, atol=1e-3)
+    assert torch.equal(adapted.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    a, b = (next(v for name, v in stored.items() if name.endswith(end)) for end in ("_A", "_B"))
+    again, row = model.get_input_embeddings().weight.detach().float().numpy() + (b @ a).T, rows.weight.detach().numpy()
+    assert (a.sum(1) == 1).all() and (again[rows.ids] - row == 0).mean() > 0.6
+    assert (np.abs(again[rows.ids] - row) <= np.spacing(np.abs(b.T)) / 2 + np.spacing(np.abs(row)) / 2).all()
+
+
+def test_a_lora_is_written_as_peft_writes_its_own(tmp_path):
+    model = tiny_model("gpt2")
+    rows = moved(model)
+    ticket = bare(model, rows.ids.tolist(), rows)
+    ticket.to_peft(tmp_path / "ours", "lora", model=model, tokenizer=TOKENIZER)
+    config = LoraConfig(r=5, lora_alpha=5, target_modules=["transformer.wte"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings(action="ignore"):  # of tied models
+        get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "own", save_embedding_layers=False)
+    shapes, about = (
+        {place: read(tmp_path / place) for place in ("ours", "own")}
+        for read in (
+            lambda folder: {n: v.shape for n, v in load_file(folder / "adapter_model.safetensors").items()},
+            lambda folder: json.loads((folder / "adapter_config.json").read_text()),
+        )
+    )
+    assert shapes["ours"] == shapes["own"]
+    assert {n for n in about["own"] if about["ours"].get(n) != about["own"][n]} <= {"base_model_name_or_path"}
+
+
+def test_what_a_lora_cannot_hold(tmp_path):
+    model = tiny_model("gpt2")
+    rows = moved(model)
+    shared = bare(model, rows.ids.tolist(), TunedRows(rows.ids, rows.weight, "shared"))
+    for ticket, words in (
+        (shared, "read by the output, too"),
+        (bare(model, []), "the ticket is empty"),
+        (bare(model, [9]), "no tuned rows"),
+    ):
+        with pytest.raises(ValueError, match=f"PEFT cannot hold this ticket as lora: .*{words}"):
+            ticket.to_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="form is 'ia3': choose trainable_tokens, lora"):
+        shared.to_peft(tmp_path / "a", "ia3")
+    mine = bare(model, rows.ids.tolist(), rows)
+    with pytest.raises(ValueError, match="another embedding"):
+        mine.to_peft(tmp_path / "a", "lora", model=tiny_model("gpt2", seed=1), tokenizer=TOKENIZER)
+    assert not (tmp_path / "a").exists()
+    mine.to_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="holds a LORA adapter.*keep the ticket"):
+        Ticket.from_peft(tmp_path / "a", model, TOKENIZER)
 
 
 def test_another_model_or_tokenizer_is_refused():
