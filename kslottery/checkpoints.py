@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .core import bar_label, fingerprint, must, progress_bar
+from .data import token_text
 from .ks import Scan, critical_value, ks_scan, map_rows, scan_rows
 from .plots import plot_layers, plot_pvalues, plot_rank, plot_scan, png
 from .rows import TunedRows
-from .ticket import Provenance, Selection, Ticket, tokenizer_fingerprint
+from .ticket import Provenance, Selection, Ticket, is_ticket, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
-__all__ = ['Checkpoint', 'open_pair', 'CheckpointScan', 'scan_checkpoints', 'TensorScan', 'scan_all', 'scan_figures']
+__all__ = ['Checkpoint', 'open_pair', 'Match', 'CheckpointScan', 'scan_checkpoints', 'TensorScan', 'scan_all', 'scan_figures']
 
 # %% ../nbs/12_checkpoints.ipynb #23c10e80
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")  # a folder with none of these has no tokenizer
+
+_EMBEDDINGS = tuple(f"{e}.weight" for e in ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"))
 
 
 class _Slices:  # of a tensor in a safetensors file, read when asked for
@@ -32,8 +39,10 @@ class _Slices:  # of a tensor in a safetensors file, read when asked for
         self.piece, self.shape, kind = piece, tuple(piece.get_shape()), piece.get_dtype()
         self.dtype = _DTYPES.get(kind, kind)
 
-    def __getitem__(self, rows):
-        return self.piece[rows]
+    def __getitem__(self, rows):  # by a slice, or by an array of rows, which are picked out of the mapped file
+        import torch
+
+        return self.piece[rows] if isinstance(rows, slice) else self.piece[:][torch.as_tensor(rows)]
 
 
 def _files(source):
@@ -64,6 +73,12 @@ def _files(source):
     must(
         not lost, f"{path} lacks {', '.join(lost[:1])}, which its index names: is the copy complete?", FileNotFoundError
     )
+    must(not is_ticket(path), f"{path} is a ticket, not a checkpoint: write it into its model first (kslottery merge)")
+    must(
+        not (path / "adapter_config.json").exists() or not all(file.name.startswith("adapter_") for file in files),
+        f"{path} is a PEFT adapter, not a checkpoint: merge it into its base first (merge_and_unload in PEFT), "
+        "or turn one of TrainableTokens into a ticket (kslottery peft)",
+    )
     must(
         files,
         f"{path} holds no safetensors file (pickled weights are not opened): convert it with save_pretrained",
@@ -79,6 +94,8 @@ class Checkpoint:
     ----------
     source : str or Path
         A safetensors file, a folder, or a Hub id.
+    tokenizer : str or Path, optional
+        Where its tokenizer lies: a folder, a file in one, or a Hub id (default: beside the tensors).
 
     Attributes
     ----------
@@ -88,17 +105,19 @@ class Checkpoint:
         Where its files lie.
     names : list of str
         The names of its tensors, sorted.
+    named : str, Path or None
+        The tokenizer, if one was named.
 
     Raises
     ------
     FileNotFoundError
         If there is no such checkpoint, or it holds pickled weights only.
     ValueError
-        If a file is damaged.
+        If a file is damaged, or it is an adapter or a ticket.
     """
 
-    def __init__(self, source: str | Path):
-        self.source, self._where = str(source), {}
+    def __init__(self, source: str | Path, tokenizer: str | Path | None = None):
+        self.source, self.named, self._where = str(source), tokenizer, {}
         for file in (files := _files(self.source)):
             try:
                 opened = safe_open(file, framework="pt")
@@ -106,6 +125,26 @@ class Checkpoint:
                 raise ValueError(f"{file} is damaged or cut short ({error}): copy it again") from None
             self._where.update(dict.fromkeys(opened.keys(), opened))
         self.folder, self.names = files[0].parent, sorted(self._where)
+
+    def find(self, name: str) -> str | None:
+        """Find another checkpoint's tensor, whose name may have a prefix more or less (`model.`).
+
+        Parameters
+        ----------
+        name : str
+            Its name there.
+
+        Returns
+        -------
+        str or None
+            Its name here; None if it is not here.
+        """
+        if name in self._where:
+            return name
+        alike = [n for n in self.names if n.endswith(f".{name}") or name.endswith(f".{n}")]
+        end = ".".join(name.split(".")[-2:])  # of an embedding: a model of pictures keeps it under another name
+        found = alike or [n for n in self.embeddings() if n.endswith(f".{end}") and name.endswith(_EMBEDDINGS)]
+        return found[0] if len(found) == 1 else None
 
     def __getitem__(self, name: str) -> Any:
         must(
@@ -117,8 +156,7 @@ class Checkpoint:
 
     def embeddings(self) -> list[str]:
         """The names of the tensors that look like an input embedding."""
-        endings = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
-        return [n for n in self.names if n.endswith(tuple(f"{e}.weight" for e in endings)) and "vision" not in n]
+        return [n for n in self.names if n.endswith(_EMBEDDINGS) and "vision" not in n]
 
     def embedding(self) -> str:
         """The name of the input embedding; raises ValueError unless exactly one tensor looks like it."""
@@ -130,11 +168,23 @@ class Checkpoint:
         )
         return found[0]
 
+    def _stated(self):
+        path = self.folder / "config.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _places(self, name):  # the modules of an embedding, and of a tied output, as the model itself calls them
+        import transformers
+
+        kind = getattr(transformers, (self._stated().get("architectures") or ["none"])[0], None)
+        ties = {into: out for out, into in dict(getattr(kind, "_tied_weights_keys", None) or {}).items()}
+        whole = next((n for n in ties if n == name or n.endswith(f".{name}")), name)
+        output = ties[whole].removesuffix(".weight") if self.tied and whole in ties else None
+        return whole.removesuffix(".weight"), output
+
     @property
     def tied(self) -> bool:
         """Whether its configuration ties input and output embeddings; an older one leaves that to its architecture."""
-        path = self.folder / "config.json"
-        stated = json.loads(path.read_text()) if path.exists() else {}
+        stated = self._stated()
         if (kind := stated.get("model_type")) and "tie_word_embeddings" not in stated:
             from transformers import CONFIG_MAPPING
 
@@ -142,12 +192,27 @@ class Checkpoint:
         return bool(stated.get("tie_word_embeddings"))
 
     def tokenizer(self) -> Any:
-        """Load its tokenizer; None if the folder holds none."""
-        if not any(any(self.folder.glob(pattern)) for pattern in _VOCABULARIES):
+        """Load its tokenizer; None if there is none. Raises ValueError if it cannot be read."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self):
+        place = Path(self.named or self.folder).expanduser()
+        place = place.parent if place.is_file() else place
+        if not self.named and not any(any(place.glob(pattern)) for pattern in _VOCABULARIES):
             return None
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(place) if place.is_dir() else str(self.named), trust_remote_code=False
+            )
+        except Exception as error:  # the loaders have many ways to fail
+            raise ValueError(
+                f"the tokenizer of {self.named or self.source} cannot be read "
+                f"({' '.join(str(error).split())[:120] or type(error).__name__}): "
+                "copy its files again; one of the base may be named by --tokenizer, a folder or a Hub id"
+            ) from None
 
 # %% ../nbs/12_checkpoints.ipynb #047a764a
 def open_pair(base: Any, tuned: Any) -> tuple[Checkpoint, Checkpoint]:
@@ -168,17 +233,123 @@ def open_pair(base: Any, tuned: Any) -> tuple[Checkpoint, Checkpoint]:
     FileNotFoundError
         As `Checkpoint`.
     ValueError
-        As `Checkpoint`, and if the two do not hold the same tensors.
+        As `Checkpoint`, and if the two have no tensor in common.
     """
     base, tuned = (c if isinstance(c, Checkpoint) else Checkpoint(c) for c in (base, tuned))
     must(
-        base.names == tuned.names,
-        f"the checkpoints hold different tensors ({min({*base.names} ^ {*tuned.names}, default='')} is in one of them "
-        "only): compare two versions of one model",
+        any(tuned.find(name) for name in base.names),
+        f"{base.source} and {tuned.source} have no tensor in common ({base.names[0]} is in the first only): "
+        "compare two versions of one model",
     )
     return base, tuned
 
+# %% ../nbs/12_checkpoints.ipynb #bc6dc27f
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Which rows of two checkpoints belong together where their vocabularies differ.
 
+    Attributes
+    ----------
+    by : {"token", "row"}
+        Whether rows were matched by the tokens' strings or, for want of a tokenizer, by their numbers.
+    order : ndarray of shape (V,), int64
+        The tuned checkpoint's row for each row of the base; -1 where there is none.
+    new : list of int
+        Rows of the tuned checkpoint without a partner, padding left out.
+    gone : list of int
+        Rows of the base without a partner, padding left out.
+    padding : int
+        How many rows of the base no tokenizer knows.
+    """
+
+    by: str
+    order: np.ndarray
+    new: list[int]
+    gone: list[int]
+    padding: int
+
+
+def _match(base, tuned, V, W):  # None where the rows correspond as they are
+    own, other = (
+        None if t is None else {token: i for token, i in t.get_vocab().items() if i < rows}
+        for t, rows in ((base.tokenizer(), V), (tuned.tokenizer(), W))
+    )
+    if V == W and (own is None or other is None or own == other):
+        return None
+    mine, theirs = (set(range(n) if v is None else v.values()) for v, n in ((own, V), (other, W)))
+    if by_token := own is not None and other is not None:
+        pairs = {own[token]: other[token] for token in own.keys() & other.keys()}
+    else:
+        pairs = {i: i for i in mine & theirs}
+    must(
+        pairs,
+        f"the tokenizers of {base.source} and {tuned.source} have no token in common: compare versions of one model",
+    )
+    order = np.full(V, -1)
+    order[list(pairs)] = list(pairs.values())
+    new, gone = theirs.difference(pairs.values()), mine.difference(pairs)
+    return Match("token" if by_token else "row", order, sorted(new), sorted(gone), V - len(mine))
+
+
+class _Matched:  # the tuned rows in the order of the base, read when asked for; the base's own where there is none
+    def __init__(self, before, after, order):
+        self.before, self.after, self.order, self.shape, self.dtype = before, after, order, before.shape, after.dtype
+
+    def __getitem__(self, rows):
+        import torch
+
+        there = torch.from_numpy(self.order[rows])
+        own, other = self.before[rows].to(getattr(torch, self.dtype)), self.after[there.clamp(min=0)]
+        return torch.where(there[:, None] >= 0, other, own)
+
+# %% ../nbs/12_checkpoints.ipynb #dc39561f
+def _of_tokens(base, name):  # whether the rows of a matrix are tokens
+    return bool(name.endswith((*_EMBEDDINGS, "lm_head.weight", "embed_out.weight")) or base.named)
+
+
+def _comparable(base, tuned, name):
+    if (other := tuned.find(name)) is None:
+        return False
+    one, two = base[name].shape, tuned[other].shape
+    return one == two or (_of_tokens(base, name) and len(one) == 2 and one[1:] == two[1:])
+
+
+def _matrices(base, tuned, name):  # before, after in the order of before, and the match if there had to be one
+    before, after = base[name], tuned[tuned.find(name) or name]
+    must(
+        _comparable(base, tuned, name),
+        f"{name} has shape {before.shape} in {base.source} and {after.shape} in {tuned.source}: only matrices of one "
+        "shape can be compared, or of one width if their rows are tokens (name their tokenizer with --tokenizer)",
+    )
+    match = _match(base, tuned, before.shape[0], after.shape[0]) if _of_tokens(base, name) else None
+    return before, after if match is None else _Matched(before, after, match.order), match
+
+# %% ../nbs/12_checkpoints.ipynb #0773c423
+def _listed(count, of, names):  # "3 tokens (a, b, c)", "9 tokens (a, b, c, d, e, ...)", "1 row"
+    more = f" ({', '.join(map(str, names))}{', ...' if count > len(names) else ''})" if names else ""
+    return f"{count:,} {of}{'' if count == 1 else 's'}{more}"
+
+
+def _note(match, scan):
+    matched = match.order >= 0
+    elsewhere = int((matched & (match.order != np.arange(len(matched)))).sum())
+    lacks = " and ".join(c.source for c in (scan.base, scan.tuned) if c.tokenizer() is None)
+    said = [
+        f"The vocabularies differ{'' if match.new or match.gone or elsewhere else ' in their padding'}: "
+        f"{matched.sum():,} of {len(matched):,} rows are matched by "
+        f"{'token' if match.by == 'token' else f'number, for want of a tokenizer beside {lacks}'}"
+        f"{f', {elsewhere:,} of them at another id' if elsewhere else ''}"
+    ]
+    for what, some, where in (
+        ("Only in the tuned checkpoint, and so in no ticket of the base", match.new, scan.tuned),
+        ("Only in the base", match.gone, scan.base),
+    ):
+        names = some[:5] if match.by == "row" else token_text(where.tokenizer(), some[:5])
+        said += [f"{what}: {_listed(len(some), match.by, names)}"] if some else []
+    said += [f"Left out as padding: {_listed(match.padding, 'row', [])}"] if match.padding else []
+    return ". ".join(said) + (". Were the two swapped?" if match.gone and not match.new else ".")
+
+# %% ../nbs/12_checkpoints.ipynb #5e845086
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class CheckpointScan(Scan):
     """The scan of one matrix of two checkpoints.
@@ -188,7 +359,9 @@ class CheckpointScan(Scan):
     base, tuned : Checkpoint
         Before and after.
     tensor : str
-        The name of the matrix.
+        The name of the matrix in the base, whose rows the ids are.
+    match : Match or None
+        Which rows belong together, if the vocabularies differ.
     round : bool
         Whether both were rounded to the coarser dtype.
     device : str or None
@@ -198,8 +371,51 @@ class CheckpointScan(Scan):
     base: Checkpoint
     tuned: Checkpoint
     tensor: str
+    match: Match | None = None
     round: bool = False
     device: str | None = None
+
+    @property
+    def note(self) -> str:
+        """What the two checkpoints do not have in common, and how rows were matched; empty if there is nothing."""
+        said = [] if self.match is None else [_note(self.match, self)]
+        if names := self.apart:
+            said.append(f"In one of the two only, or of another size: {_listed(len(names), 'tensor', names[:5])}.")
+        return " ".join(said)
+
+    @property
+    def apart(self) -> list[str]:
+        """The tensors that cannot be compared: in one of the two only, or of another size."""
+        found = {name: self.tuned.find(name) for name in self.base.names}
+        left = {name for name in found if not _comparable(self.base, self.tuned, name)}
+        return sorted(left | {*self.tuned.names}.difference(filter(None, found.values())))
+
+    @cached_property
+    def changed(self) -> np.ndarray:
+        """Whether each row changed at all: (V,) bool."""
+        before, after, _ = _matrices(self.base, self.tuned, self.tensor)
+        return map_rows(lambda a, b: (a != b).any(axis=1), before, after, round=self.round).astype(bool)
+
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; None if there is none, or if the rows are no tokens."""
+        return self.base.tokenizer() if _of_tokens(self.base, self.tensor) else None
+
+    def table(self, counts: Any = None) -> pd.DataFrame:
+        """Put the whole scan into a table of pandas, as `kslottery scan --csv` writes it.
+
+        Parameters
+        ----------
+        counts : array_like of shape (V,), integers, optional
+            How often each token occurs in the tuning data.
+
+        Returns
+        -------
+        DataFrame
+            Best row first: `id`, `token`, `D` (or the criterion's name), `p` and `count`, as far as they are known,
+            and `state`: changed, unchanged, gone or padding. If the vocabularies differ, `tuned_id` too, and what is
+            new comes last.
+        """
+        return _table(self, counts)
 
     def ticket(self, alpha: float = 0.05, *, top_k: int = 0, correction: str | None = None) -> Ticket:
         """Make a ticket of the rows that the scan selects.
@@ -225,14 +441,16 @@ class CheckpointScan(Scan):
         """
         selection = Selection(self.criterion, alpha, top_k, correction)
         ids = selection.ids(self)
-        before, after, tokenizer = self.base[self.tensor], self.tuned[self.tensor], self.base.tokenizer()
+        (before, after, _), tokenizer = _matrices(self.base, self.tuned, self.tensor), self.tokenizer()
         embeds = self.tensor in self.base.embeddings()
+        module, output = self.base._places(self.tensor) if embeds else (self.tensor.removesuffix(".weight"), None)
         return Ticket(
             ids,
             Provenance(
                 model=self.base.source,
                 tied_embeddings=self.base.tied,
-                embedding_module=self.tensor.removesuffix(".weight"),
+                embedding_module=module,
+                output_module=output,
                 dtype=before.dtype,
                 V=before.shape[0],
                 d=self.d,
@@ -240,15 +458,11 @@ class CheckpointScan(Scan):
                     "embedding": fingerprint(before),
                     "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
                 },
-                tokens=tuple(
-                    self.to_frame(tokenizer, top=len(ids))["token"]
-                    if embeds and tokenizer is not None
-                    else [None] * len(ids)
-                ),
+                tokens=(None,) * len(ids) if tokenizer is None else tuple(token_text(tokenizer, ids)),
                 selection=selection,
                 tensor=self.tensor,
                 tuned=self.tuned.source,
-                changed=int(map_rows(lambda a, b: (a != b).any(axis=1), before, after, round=self.round).sum()),
+                changed=int(self.changed.sum()),
             ),
             _moved_rows(self, after, ids) if embeds else None,
             scan=self,
@@ -261,6 +475,27 @@ def _moved_rows(scan, after, ids):
         np.array([after[i : i + 1][0].float().numpy() for i in ids.tolist()], np.float32).reshape(-1, scan.d),
         "shared" if scan.base.tied and scan.tuned.tied else "input_only",
     )
+
+
+def _table(scan, counts):
+    import pandas as pd
+
+    frame = scan.to_frame(scan.tokenizer(), counts).rename(
+        columns={"statistic": "D" if scan.criterion == "ks" else scan.criterion, "pvalue": "p"}
+    )
+    frame.insert(0, "id", frame.pop("id").astype("Int64"))
+    state = np.where(scan.changed, "changed", "unchanged")
+    if (match := scan.match) is None:
+        return frame.assign(state=state[frame["id"]])
+    state[match.order < 0] = "padding"
+    state[match.gone] = "gone"
+    there = pd.array(np.where(match.order < 0, None, match.order)[frame["id"]], "Int64")
+    more = pd.DataFrame({"tuned_id": pd.array(match.new, "Int64"), "state": "new"})
+    if (tokenizer := scan.tuned.tokenizer()) is not None and "token" in frame:
+        more["token"] = token_text(tokenizer, match.new)
+    return pd.concat([frame.assign(state=state[frame["id"]], tuned_id=there), more], ignore_index=True)[
+        [*frame, "state", "tuned_id"]
+    ]
 
 # %% ../nbs/12_checkpoints.ipynb #ac82064c
 def scan_checkpoints(
@@ -276,16 +511,18 @@ def scan_checkpoints(
 ) -> CheckpointScan:
     """Scan one matrix of two checkpoints, reading both a few rows at a time.
 
+    If the vocabularies differ, rows are matched by token, or by number where a tokenizer is missing.
+
     Parameters
     ----------
     base, tuned : str, Path or Checkpoint
         Before and after: whatever `Checkpoint` opens.
     tensor : str, optional
-        The name of the matrix (default: the input embedding).
+        The name of the matrix in the base (default: the input embedding).
     criterion : str, default "ks"
         One of `kslottery.ks.CRITERIA`.
     counts : array_like of shape (V,), integers, optional
-        How often each token occurs, for the criterion "frequency".
+        How often each token of the base occurs, for the criterion "frequency".
     round : bool, default False
         If the dtypes differ, round both to the coarser first.
     device : str, optional
@@ -296,21 +533,26 @@ def scan_checkpoints(
     Returns
     -------
     CheckpointScan
-        A scan whose `ticket` method makes a ticket of it.
+        A scan of the base's rows, whose `ticket` method makes a ticket of it.
 
     Raises
     ------
     FileNotFoundError
         As `Checkpoint`.
     ValueError
-        As `open_pair` and `kslottery.ks.scan_rows`, and for a tensor that is not there.
+        As `open_pair` and `kslottery.ks.scan_rows`, for a tensor that is not in both, or not of one size.
     TypeError
         If the values are not floating point.
     """
     base, tuned = open_pair(base, tuned)
     name = tensor or base.embedding()
-    scan = scan_rows(base[name], tuned[name], criterion, counts=counts, round=round, device=device, progress=progress)
-    return CheckpointScan(**vars(scan), base=base, tuned=tuned, tensor=name, round=round, device=device)
+    must(
+        len(base[name].shape) == 2,
+        f"{name} has shape {base[name].shape}: name a matrix (rows, columns); scan_all (--all) takes any tensor",
+    )
+    before, after, match = _matrices(base, tuned, name)
+    scan = scan_rows(before, after, criterion, counts=counts, round=round, device=device, progress=progress)
+    return CheckpointScan(**vars(scan), base=base, tuned=tuned, tensor=name, match=match, round=round, device=device)
 
 # %% ../nbs/12_checkpoints.ipynb #6973d2d7
 class TensorScan(NamedTuple):
@@ -374,7 +616,7 @@ def scan_all(
     Returns
     -------
     list of TensorScan
-        One each, by name.
+        One each, by name; without what is in one of the two only, or of another size (`CheckpointScan.apart`).
 
     Raises
     ------
@@ -387,11 +629,13 @@ def scan_all(
     critical_value(alpha, 1)  # a bad alpha is refused before anything is read
     base, tuned = open_pair(base, tuned)
     names = [name for name in base.names if base[name].dtype in _DTYPES.values() and 0 not in base[name].shape]
+    names = [name for name in names if _comparable(base, tuned, name)]
     made = {**known} if known and per == "row" else {}
     with progress_bar(len(names), *bar_label(progress, "KS scan, tensors")) as bar:
         for name in names:
             if name not in made:
-                made[name] = ks_scan(_as_rows(base[name], per), _as_rows(tuned[name], per), round=round, device=device)
+                both = (_as_rows(x, per) for x in _matrices(base, tuned, name)[:2])
+                made[name] = ks_scan(*both, round=round, device=device)
             bar.update(1)
     return [
         TensorScan(name, len(scan.statistic), int((scan.statistic > 0).sum()), len(scan.select(alpha)), scan)
@@ -435,7 +679,7 @@ def scan_figures(
         **({} if scan.pvalue is None else {"pvalues.png": png(plot_pvalues, scan)}),
     }
     if counts is not None and scan.criterion == "ks":
-        tokenizer = scan.base.tokenizer()
+        tokenizer = scan.tokenizer()
         tokens = {} if tokenizer is None else dict(scan.to_frame(tokenizer, top=12).set_index("id")["token"])
         files["frequency.png"] = png(plot_scan, scan, counts, tokens, alpha, chosen.top_k, None, 12, chosen.correction)
     if everything:

@@ -241,6 +241,9 @@ def scan(
     top_k: Annotated[int, typer.Option(help="Take so many best rows instead.")] = 0,
     correction: Annotated[str | None, typer.Option(help="bonferroni or bh.")] = None,
     tensor: Annotated[str | None, typer.Option(help="The matrix to scan (default: the input embedding).")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The base's tokenizer, a folder or a Hub id (default: beside its tensors).")
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Scan every tensor too, and draw a heat map layer by matrix.")
     ] = False,
@@ -255,20 +258,31 @@ def scan(
         bool, typer.Option("--round", help="If the dtypes differ, round both to the coarser first.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Write the whole scan as a table, too, best row first.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Scan two checkpoints and write a ticket folder.
+    """Scan two checkpoints and write a ticket folder. If their vocabularies differ, rows are matched by token.
 
     Example: kslottery scan llama-base llama-tuned --alpha 0.05 --out ticket
     """
-    from kslottery.checkpoints import scan_checkpoints, scan_figures
+    from kslottery.checkpoints import Checkpoint, scan_checkpoints, scan_figures
     from kslottery.ticket import Selection, is_ticket
 
     refuse_strangers(out, is_ticket)
     Selection(criterion, alpha, top_k, correction)  # a bad value is refused before the work
+    must(
+        top_k or criterion in ("ks", "sign"),
+        f"--criterion {criterion} ranks rows and has no p-values: say how many of the best to take, with --top-k",
+    )
+    must(
+        csv is None or csv.suffix == ".csv" and csv.absolute().parent.is_dir() and not csv.is_dir(),
+        f"--csv is {csv}: name a file that ends in .csv, in a folder that exists",
+    )
     numbers = json.loads(counts.read_text(encoding="utf-8")) if counts else None
     found = scan_checkpoints(
-        base,
+        Checkpoint(base, tokenizer) if tokenizer else base,
         tuned,
         tensor=tensor,
         criterion=criterion,
@@ -279,20 +293,32 @@ def scan(
     )
     ticket = found.ticket(alpha, top_k=top_k, correction=correction)
     ticket.save(out, scan_figures(found, ticket, counts=numbers, everything=everything))
+    if csv:
+        with whole_file(csv) as part:
+            found.table(numbers).to_csv(part, index=False)
+    facts, matched = ticket.provenance, found.match
     record = {
         "size": len(ticket.ids),
         "ids": ticket.ids.tolist(),
-        "tokens": ticket.provenance.tokens,
+        "tokens": facts.tokens,
         "statistic": found.statistic[ticket.ids].tolist(),
         "pvalue": None if found.pvalue is None else found.pvalue[ticket.ids].tolist(),
+        "changed": facts.changed,
+        "matched": matched and {name: getattr(matched, name) for name in ("by", "new", "gone", "padding")},
+        "apart": found.apart,
         "out": str(out),
+        "csv": csv and str(csv),
     }
+    same = "" if facts.changed or not record["size"] else ": both checkpoints hold the same, and no row is a winner"
     _say(
         record,
         as_json,
-        f"{found.tensor}: {ticket.provenance.changed:,} of {ticket.provenance.V:,} rows changed at all.",
+        f"{found.tensor}: {facts.changed:,} of {facts.V:,} rows changed at all"
+        f"{same}.",
+        *filter(None, [found.note]),
         f"\n{ticket}\n",
         f"The ticket, the scan and its figures: {out}",
+        *([f"The whole scan as a table: {csv}"] if csv else []),
     )
 
 # %% ../nbs/19_cli.ipynb #dd601e95
@@ -548,7 +574,8 @@ def merge(
     _say(
         {"out": str(out), **record, "rows": len(rows), "mode": rows.mode, "added_megabytes": added},
         as_json,
-        f"{source.model} with {len(rows)} rows of {ticket} written in ({rows.mode}): {out}",
+        f"{source.model} with {len(rows)} row{'' if len(rows) == 1 else 's'} of {ticket} written in "
+        f"({rows.mode}): {out}",
         *([untied] if added else []),
     )
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['must', 'one_of', 'bar_label', 'progress_bar', 'fingerprint', 'cache_dir', 'refuse_strangers', 'run_folder',
-           'whole_folder', 'whole_file', 'write_text', 'write_json', 'quiet_transformers', 'to_accelerator',
-           'source_of', 'load_model']
+           'whole_folder', 'whole_file', 'write_text', 'write_json', 'text_table', 'quiet_transformers',
+           'to_accelerator', 'source_of', 'load_model']
 
 # %% ../nbs/00_core.ipynb #518e152b
 import contextlib
@@ -14,8 +14,9 @@ import json
 import os
 import sys
 import tempfile
+import unicodedata
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,8 @@ def run_folder(path: str | Path, names: Collection[str]) -> Path:
 # %% ../nbs/00_core.ipynb #93936d4c
 def _permit_as_umask_asks(path):
     os.umask(umask := os.umask(0o022))  # to read it is to set it
-    if not path.is_symlink():
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    if not path.is_symlink():  # a folder that hands its group on goes on doing so
+        path.chmod((path.stat().st_mode & 0o2000) | (0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextlib.contextmanager
@@ -317,6 +318,44 @@ def write_json(path: str | Path, value: Any) -> None:
         If `value` holds a NaN or an infinity.
     """
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+# %% ../nbs/00_core.ipynb #86156b8d
+def _places(text):
+    wide = (0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(wide)
+
+
+def _fit(text, size, left):
+    while _places(text) > size:
+        text = f"{text.removesuffix('…')[:-1]}…"
+    gap = " " * (size - _places(text))
+    return text + gap if left else gap + text
+
+
+def text_table(columns: Mapping[str, Iterable[Any]], width: int = 80) -> str:
+    """A table for a terminal: the first column stands to the left, the others to the right.
+
+    Parameters
+    ----------
+    columns : mapping of str to iterable
+        The cells of each column by its title; a data frame will do.
+    width : int, default 80
+        How many places a line may take; the widest column is cut, if need be, with an ellipsis.
+
+    Returns
+    -------
+    str
+        One line for the titles and one for each row.
+    """
+    cells = {
+        title: ["".join(c if c.isprintable() else repr(c)[1:-1] for c in str(x)) for x in (title, *columns[title])]
+        for title in columns
+    }
+    sizes = {title: max(map(_places, column)) for title, column in cells.items()}
+    widest = max(sizes, key=sizes.__getitem__)
+    sizes[widest] = max(2, min(sizes[widest], sizes[widest] + width - sum(sizes.values()) - 2 * (len(sizes) - 1)))
+    fitted = ([_fit(cell, sizes[t], n == 0) for cell in column] for n, (t, column) in enumerate(cells.items()))
+    return "\n".join("  ".join(line).rstrip() for line in zip(*fitted))
 
 # %% ../nbs/00_core.ipynb #676fd097
 @contextlib.contextmanager

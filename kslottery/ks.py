@@ -500,7 +500,7 @@ class Scan:
         if self.pvalue is None:
             raise ValueError(
                 f"the criterion {self.criterion!r} has no p-values to compare with alpha: say how many of the best "
-                "rows to take, by top_k (--top-k), or by top(k) of the scan"
+                "rows to take with top_k (--top-k)"
             )
         must(
             self.decided is None or alpha <= self.decided,

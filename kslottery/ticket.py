@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from .card import card
 from .certificate import Certificate
-from .core import fingerprint, load_model, must, one_of, source_of, whole_file, whole_folder
+from .core import fingerprint, load_model, must, one_of, source_of, text_table, whole_file, whole_folder
 from .data import Example, Prompt, token_counts, token_text
 from .evaluation import Generation
 from .ks import CRITERIA, Scan, critical_value
@@ -475,17 +475,21 @@ class _Told(_Parts):
     def _shown(self, form: str) -> str:  # form: "string" or "html"
         k, facts, how = len(self.ids), self.provenance, self.provenance.selection
         chosen = "" if how is None else f", the best {how.top_k}" if how.top_k else f", alpha = {how.alpha:g}"
-        table = self.to_frame().head(20).rename(columns={"statistic": "D", "pvalue": "p"})
-        body = getattr(table, f"to_{form}")(index=False, formatters={"D": "{:.3f}".format, "p": "{:.1e}".format})
+        measure = "D" if how is None or how.criterion == "ks" else how.criterion
+        table = self.to_frame().head(20).dropna(axis=1, how="all")
+        table = table.rename(columns={"statistic": measure, "pvalue": "p"})
+        for name, number in ((measure, "{:.3f}" if measure == "D" else "{:.4g}"), ("p", "{:.1e}")):
+            table = table.assign(**{name: table[name].map(number.format)}) if name in table else table
+        body = "" if not k else table.to_html(index=False) if form == "html" else text_table(table)
         words = [
             f"Ticket of {k} of {facts.V:,} rows for {facts.base_model or Path(facts.model).name or 'an unnamed model'} "
             f"({self.mode}{chosen})",
             *([] if k else [self.advice or ""]),
             f"{f'and {k - 20} more; ' if k > 20 else ''}{'audited' if self.audit else 'not audited'}, "
-            f"{len(self.certificates) or 'no'} certificates",
+            f"{len(self.certificates) or 'no'} certificate{'' if len(self.certificates) == 1 else 's'}",
         ]
         lines = [f"<p>{escape(part)}</p>" for part in words] if form == "html" else words
-        return "\n".join([lines[0], *([body] if k else []), *lines[1:]])
+        return "\n".join([lines[0], *filter(None, [body]), *lines[1:]])
 
     __repr__ = partialmethod(_shown, "string")
     _repr_html_ = partialmethod(_shown, "html")
