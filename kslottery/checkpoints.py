@@ -489,6 +489,8 @@ def _table(scan, counts):
         return frame.assign(state=state[frame["id"]])
     state[match.order < 0] = "padding"
     state[match.gone] = "gone"
+    if "count" in frame:
+        frame["count"] = frame["count"].astype("Int64")  # it has none for what is new
     there = pd.array(np.where(match.order < 0, None, match.order)[frame["id"]], "Int64")
     more = pd.DataFrame({"tuned_id": pd.array(match.new, "Int64"), "state": "new"})
     if (tokenizer := scan.tuned.tokenizer()) is not None and "token" in frame:

@@ -1,18 +1,24 @@
 """Scans of checkpoints and the tickets made of them: every layout, every matrix; memory; faults."""
 
 import contextlib
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from scipy import stats
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, TIED, TOY, invoke, kslottery, tiny_model
 from kslottery.checkpoints import Checkpoint, CheckpointScan, scan_all, scan_checkpoints, scan_figures
@@ -140,6 +146,235 @@ def test_equal_checkpoints_are_not_advised_to_tune_longer(pair):
     assert "same" in advice and "lr_embed" not in advice and "epochs" not in advice
 
 
+def vocabulary(tokens, folder):
+    "A tokenizer of these tokens, in this order, kept in a folder."
+    own = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(folder)
+
+
+def embedding(folder, rows, tokens=()):
+    "A checkpoint that is nothing but an embedding."
+    folder.mkdir(exist_ok=True)
+    save_file({"model.embed_tokens.weight": rows.contiguous()}, folder / "model.safetensors")
+    if tokens:
+        vocabulary(tokens, folder)
+    return folder
+
+
+@pytest.fixture
+def resized(pair):
+    "The tuned checkpoint once more: in another order, with three new tokens, without t7, and padded to 72 rows."
+    TOY.save_pretrained(pair / "base")
+    TOY.save_pretrained(pair / "tuned")
+    order = [i for i in torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist() if i != 7]
+    tokens = ["<one>", *(f"t{i}" for i in order), "two, three", "日本"]
+    model, tuned = tiny_model("llama", vocabulary=72, hidden=64, seed=5), tiny_model("llama", hidden=64)
+    tuned.load_state_dict({name: Checkpoint(pair / "tuned")[name][:] for name in Checkpoint(pair / "tuned").names})
+    state = {name: x.clone() for name, x in tuned.state_dict().items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = model.state_dict()[name].clone()
+        state[name][1:64] = tuned.state_dict()[name][order]
+    model.load_state_dict(state)
+    vocabulary(tokens, save(model, pair / "resized"))
+    return pair
+
+
+def test_two_vocabularies_are_matched_by_token_and_the_ids_are_the_bases(resized):
+    plain = scan_checkpoints(resized / "base", resized / "tuned")
+    assert plain.match is None and plain.note == ""
+    scan = scan_checkpoints(resized / "base", resized / "resized")
+    assert np.array_equal(scan.statistic, plain.statistic) and np.array_equal(scan.pvalue, plain.pvalue)
+    match = scan.match
+    assert match.by == "token" and (match.new, match.gone, match.padding) == ([0, 64, 65], [7], 0)
+    assert "63 of 64 rows are matched by token" in scan.note and "swapped" not in scan.note
+    assert "3 tokens (<one>, two, three, 日本)" in scan.note and "Only in the base: 1 token (t7)" in scan.note
+    assert scan.apart == [] and {s.name for s in scan_all(scan.base, scan.tuned)} == set(scan.base.names)
+    assert sum(s.changed for s in scan_all(scan.base, scan.tuned)) == 2
+    back = scan_checkpoints(resized / "resized", resized / "base")
+    assert (
+        back.match.padding == 6
+        and "swapped" not in back.note
+        and sorted(back.ticket().provenance.tokens) == ["t5", "t9"]
+    )
+
+
+def test_a_ticket_of_two_vocabularies_is_merged_into_its_base(resized):
+    base, out = resized / "base", resized / "t"
+    status, said, error = invoke("scan", base, resized / "resized", "--out", out, "--all", "--json")
+    record = json.loads(said)
+    assert status == 0 and sorted(record["ids"]) == [5, 9] and record["changed"] == 2, error
+    assert record["matched"] == {"by": "token", "new": [0, 64, 65], "gone": [7], "padding": 0}
+    ticket = Ticket.load(out)
+    assert (ticket.provenance.V, ticket.provenance.changed) == (64, 2)
+    status, _, error = invoke("merge", out, "--out", resized / "m")
+    assert status == 0, error
+    merged, tuned = (Checkpoint(resized / name) for name in ("m", "tuned"))
+    assert all(torch.equal(merged[name][:], tuned[name][:]) for name in tuned.names)
+
+
+@pytest.mark.parametrize("lacking", ["base", "resized"])
+def test_without_a_tokenizer_rows_are_matched_by_number_and_that_is_said(resized, lacking):
+    for file in (resized / lacking).glob("tokenizer*"):
+        file.unlink()
+    with torch.no_grad():
+        moved = tiny_model("llama", vocabulary=72, hidden=64)
+        moved.load_state_dict({n: Checkpoint(resized / "resized")[n][:] for n in Checkpoint(resized / "resized").names})
+        moved.model.embed_tokens.weight[:64] = Checkpoint(resized / "tuned")["model.embed_tokens.weight"][:]
+    save(moved, resized / "resized")
+    scan = scan_checkpoints(resized / "base", resized / "resized")
+    assert sorted(scan.select(0.05)) == [5, 9] and scan.match.by == "row"
+    assert f"64 of 64 rows are matched by number, for want of a tokenizer beside {resized / lacking}." in scan.note
+    assert scan.match.new == (list(range(64, 72)) if lacking == "resized" else [64, 65])
+
+
+def test_padding_is_left_out(tmp_path):
+    rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    tokens = [f"w{i}" for i in range(60)]
+    plain = embedding(tmp_path / "plain", rows[:60], tokens)
+    wide = embedding(tmp_path / "wide", torch.cat([rows[:60], 9 * rows[60:]]), tokens)
+    there, back = scan_checkpoints(plain, wide), scan_checkpoints(wide, plain)
+    assert not there.changed.any() and not back.changed.any() and (there.match.new, back.match.gone) == ([], [])
+    assert "differ in their padding" in there.note and "padding: 4 rows" in back.note and "swapped" not in back.note
+    assert back.table()["state"].tolist() == ["unchanged"] * 60 + ["padding"] * 4
+    more = embedding(tmp_path / "more", torch.cat([rows[:60], 9 * rows[60:]]), [*tokens, "<new>"])
+    assert scan_checkpoints(wide, more).match.new == [60]  # a token that took the place of padding
+    assert "swapped" in scan_checkpoints(more, wide).note
+    strange = embedding(tmp_path / "strange", rows, [f"x{i}" for i in range(64)])
+    with pytest.raises(ValueError, match="no token in common"):
+        scan_checkpoints(plain, strange)
+
+
+def test_a_missing_head_or_prefix_is_no_obstacle(resized):
+    both = Checkpoint(resized / "tuned")
+    bare = {name.removeprefix("model."): both[name][:].clone() for name in both.names if name != "lm_head.weight"}
+    save_file(bare, resized / "bare.safetensors")
+    expected = scan_checkpoints(resized / "base", resized / "tuned")
+    for pair in ((resized / "base", resized / "bare.safetensors"), (resized / "bare.safetensors", resized / "base")):
+        scan = scan_checkpoints(*pair)
+        assert np.array_equal(scan.statistic, expected.statistic) and scan.apart == ["lm_head.weight"]
+        assert "1 tensor (lm_head.weight)" in scan.note
+        assert len(scan_all(*pair)) == len(both.names) - 1
+    with pytest.raises(ValueError, match="no tensor lm_head"):
+        scan_checkpoints(resized / "base", resized / "bare.safetensors", tensor="lm_head.weight")
+
+
+def test_a_tensor_that_is_named_is_enough(resized):
+    for name in ("base", "resized"):
+        (resized / name / "tokenizer.json").write_text('{"model": [')
+    inner = "model.layers.0.mlp.up_proj.weight"  # its rows are no tokens: no tokenizer is asked
+    ticket = scan_checkpoints(resized / "base", resized / "resized", tensor=inner).ticket(top_k=2)
+    assert ticket.provenance.tokens == (None, None) and ticket.rows is None
+    wide = {"inner": torch.zeros(4, 8)}, {"inner": torch.zeros(6, 8)}
+    for state, file in zip(wide, ("a.safetensors", "b.safetensors")):
+        save_file(state, resized / file)
+    with pytest.raises(ValueError, match=r"shape \(4, 8\).* and \(6, 8\)"):
+        scan_checkpoints(resized / "a.safetensors", resized / "b.safetensors", tensor="inner")
+    vocabulary("abcdef", resized / "words")  # whoever names the tokenizer says that the rows are tokens
+    scan = scan_checkpoints(
+        Checkpoint(resized / "a.safetensors", resized / "words"), resized / "b.safetensors", tensor="inner"
+    )
+    assert scan.match.order.tolist() == [0, 1, 2, 3] and scan.tokenizer().get_vocab()["f"] == 5
+
+
+def test_a_tokenizer_can_be_named(resized):
+    alone = resized / "alone.safetensors"
+    shutil.copy(resized / "base" / "model.safetensors", alone)
+    assert scan_checkpoints(alone, resized / "resized").match.by == "row"
+    scan = scan_checkpoints(Checkpoint(alone, resized / "base" / "tokenizer.json"), resized / "resized")
+    assert scan.match.by == "token"
+    words = "scan", alone, resized / "resized", "--out", resized / "t", "--json", "--tokenizer", resized / "base"
+    record = json.loads(invoke(*words)[1])
+    assert record["matched"]["by"] == "token" and sorted(record["tokens"]) == ["t5", "t9"]
+
+
+def test_the_whole_scan_as_csv(resized):
+    counts = resized / "counts.json"
+    counts.write_text(json.dumps(list(range(64))))
+    words = "scan", resized / "base", resized / "resized", "--out", resized / "t", "--csv", resized / "s.csv"
+    status, said, error = invoke(*words, "--counts", counts)
+    assert status == 0 and str(resized / "s.csv") in said, error
+    assert "2 of 64 rows changed at all" in said and "at another id" in said
+    with open(resized / "s.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    scan = Ticket.load(resized / "t").scan
+    assert list(rows[0]) == ["id", "token", "D", "p", "count", "state", "tuned_id"] and len(rows) == 67
+    assert [int(row["id"]) for row in rows[:64]] == scan.top(64).tolist()
+    assert all(float(row["D"]) == scan.statistic[int(row["id"])] for row in rows[:64])
+    assert all(row["token"] == f"t{row['id']}" and row["count"] == row["id"] for row in rows[:64])
+    assert [row["state"] for row in rows[:3]] == ["changed", "changed", "unchanged"]
+    assert {row["token"]: row["state"] for row in rows}["t7"] == "gone"
+    assert [(row["token"], row["id"], row["tuned_id"]) for row in rows[64:]] == [
+        ("<one>", "", "0"),
+        ("two, three", "", "64"),
+        ("日本", "", "65"),
+    ]
+    plain = scan_checkpoints(resized / "base", resized / "tuned", criterion="l2").table()
+    assert list(plain) == ["id", "token", "l2", "state"] and sorted(plain["token"][:2]) == ["t5", "t9"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_that_is_written_can_be_read_by_those_whom_the_umask_lets(resized, umask):
+    was, group = os.umask(umask), resized / "group"
+    try:
+        group.mkdir()
+        group.chmod(0o2770)  # what is made here belongs to the folder's group
+        assert (
+            invoke("scan", resized / "base", resized / "tuned", "--out", group / "t", "--csv", group / "s.csv")[0] == 0
+        )
+        assert invoke("merge", group / "t", "--out", group / "m")[0] == 0
+        assert invoke("peft", group / "t", "--out", group / "a")[0] == 0
+        assert invoke("card", group / "t", "--refresh")[0] == 0
+    finally:
+        os.umask(was)
+    made = list(group.rglob("*"))
+    assert len(made) > 15 and {p.stat().st_mode & 0o777 for p in made if p.is_file()} == {0o666 & ~umask}
+    assert {p.stat().st_mode & 0o2777 for p in made if p.is_dir()} == {0o2777 & ~umask}
+
+
+def test_a_scan_of_tied_checkpoints_is_an_adapter_of_both_ends(tmp_path):
+    from peft import PeftModel
+
+    base, tuned = tiny_model("gpt2", hidden=64), tiny_model("gpt2", hidden=64)
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight[[5, 9]] *= 4
+    save(base, tmp_path / "base")
+    save(tuned, tmp_path / "tuned")
+    state = Checkpoint(tmp_path / "base")  # as the first GPT-2 is stored: without its prefix
+    bare = {name.removeprefix("transformer."): state[name][:].clone() for name in state.names}
+    save_file(bare, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    ticket = scan_checkpoints(tmp_path / "base", tmp_path / "tuned").ticket()
+    assert ticket.provenance.tensor == "wte.weight"
+    assert (ticket.provenance.embedding_module, ticket.provenance.output_module) == ("transformer.wte", "lm_head")
+    ticket.save(tmp_path / "t")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "t"
+        ).eval()
+        x = torch.tensor([[1, 5, 9, 20]])
+        assert torch.allclose(model(x).logits, tuned(x).logits, atol=1e-6)
+
+
+def test_identical_checkpoints_are_called_that(pair):
+    status, said, error = invoke("scan", pair / "base", pair / "base", "--top-k", 2, "--out", pair / "t")
+    assert status == 0 and "both checkpoints hold the same, and no row is a winner" in said, error
+    status, said, error = invoke("scan", pair / "base", pair / "base", "--out", pair / "t")
+    assert status == 0 and "both checkpoints hold the same matrix" in said and "lr_embed" not in said, error
+
+
+def test_what_is_printed_fits_a_terminal(tmp_path):
+    rows = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    tokens = ["a" * 300, "語" * 90, "\x1b[2J", "tab\tstop", *(f"w{i}" for i in range(20))]
+    base = embedding(tmp_path / "base", rows, tokens)
+    tuned = embedding(tmp_path / "tuned", rows * torch.tensor([9.0] * 4 + [1.0] * 20)[:, None], tokens)
+    status, said, error = invoke("scan", base, tuned, "--out", tmp_path / "t")
+    table = said.split("\n")[2:]
+    assert status == 0 and "\x1b" not in said and "\t" not in said and "…" in said, error
+    wide = [len(line) + sum(c == "語" for c in line) for line in table if "e-" in line]
+    assert len(wide) == 4 and set(wide) == {80}
+    assert "array" not in repr(Ticket.load(tmp_path / "t")) + repr(scan_checkpoints(base, tuned))
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_what_changed_is_counted_whatever_the_criterion(pair, criterion):
     scan = scan_checkpoints(pair / "base", pair / "tuned", criterion=criterion, counts=range(64))
@@ -226,15 +461,16 @@ print(peak[0], len(scan.select(0.05)))
 """
 
 
-def peak_of_scan(tmp_path, V, d):
+def peak_of_scan(tmp_path, V, d, shuffled=False):
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(V, d, generator=generator) * 0.02).bfloat16()
-    save_file({"model.embed_tokens.weight": weight}, tmp_path / "base.safetensors")
+    order = torch.randperm(V, generator=generator) if shuffled else torch.arange(V)
+    embedding(tmp_path / "base", weight, [f"t{i}" for i in range(V)] if shuffled else ())
     weight[: V // 10] *= 1.5
-    save_file({"model.embed_tokens.weight": weight}, tmp_path / "tuned.safetensors")
+    embedding(tmp_path / "tuned", weight[order], [f"t{i}" for i in order.tolist()] if shuffled else ())
     del weight
     said = subprocess.run(
-        [sys.executable, "-c", STREAM, str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors")],
+        [sys.executable, "-c", STREAM, str(tmp_path / "base"), str(tmp_path / "tuned")],
         capture_output=True,
         text=True,
         check=True,
@@ -249,8 +485,10 @@ def test_streaming_stays_small(tmp_path):
 
 
 @pytest.mark.slow
-def test_streaming_two_llama_3_embeddings(tmp_path):
-    peak, won = peak_of_scan(tmp_path, 128_256, 4096)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_streaming_two_llama_3_embeddings(tmp_path, shuffled):
+    "Also if the tokens stand in another order: rows are picked out of the files chunk by chunk."
+    peak, won = peak_of_scan(tmp_path, 128_256, 4096, shuffled)
     assert won == 12_825 and peak < 500, peak
 
 
@@ -305,21 +543,37 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(pair):
     save_file({k: v.bfloat16() for k, v in state.items()}, half)
     state["model.embed_tokens.weight"][7, 3] = torch.nan
     save_file(state, nan)
-    save_file({**state, "model.embed_tokens.weight": torch.zeros(60, 64)}, narrow)
+    save_file({**state, "model.embed_tokens.weight": torch.zeros(64, 60)}, narrow)
+    TOY.save_pretrained(pair / "base")
+    shutil.copytree(pair / "tuned", pair / "wordy")
+    (pair / "wordy" / "tokenizer.json").write_text('{"model": [')
+    (pair / "lora").mkdir()
+    (pair / "lora" / "adapter_config.json").write_text("{}")
+    save_file({"lora_A": torch.zeros(2, 2)}, pair / "lora" / "adapter_model.safetensors")
+    scan_checkpoints(pair / "base", pair / "tuned").ticket().save(pair / "won")
+    save_file({"x": torch.zeros(2, 2)}, pair / "strange.safetensors")
     (pair / "pickled").mkdir()
     torch.save(state, pair / "pickled" / "pytorch_model.bin")
     cases = {
         (pair / "missing.safetensors",): "does not exist",
         (cut,): "cut short",
         (nan,): "row 7 of after holds NaN",
-        (narrow,): "(60, 64)",
+        (narrow,): "(64, 60)",
         (half,): "--round",
         (pair / "pickled",): "not opened",
         (pair / "tuned", "--alpha", "2"): "alpha is 2",
-        (pair / "tuned", "--criterion", "l2"): "top(k)",
+        (pair / "tuned", "--criterion", "l2"): "take, with --top-k",
         (pair / "tuned", "--criterion", "l3", "--top-k", "2"): "choose ks",
         (pair / "tuned", "--tensor", "wte"): "no tensor wte",
         (pair / "tuned", "--top-k", "99"): "top(99)",
+        (pair / "tuned", "--tensor", "model.norm.weight"): "name a matrix",
+        (pair / "tuned", "--csv", "table.txt"): "ends in .csv",
+        (pair / "tuned", "--csv", pair / "nowhere" / "table.csv"): "folder that exists",
+        (pair / "lora",): "is a PEFT adapter, not a checkpoint",
+        (pair / "won",): "is a ticket, not a checkpoint",
+        (pair / "wordy",): "tokenizer of " + str(pair / "wordy") + " cannot be read",
+        (pair / "tuned", "--tokenizer", pair / "wordy"): "cannot be read",
+        (pair / "strange.safetensors",): "no tensor in common",
     }
     for words, sentence in cases.items():
         status, said, error = invoke("scan", pair / "base", *words, "--out", pair / "t")
