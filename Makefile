@@ -81,7 +81,7 @@ docs-serve: docs ## the site at http://localhost:8000 (PORT=8001 takes another)
 	@echo "http://localhost:$(PORT)"; $(BIN)/python -m http.server --directory _docs --bind 127.0.0.1 $(PORT)
 
 export: .venv/ready ## notebooks -> kslottery/, README.md and the picture of the house
-	@$(BIN)/nbdev_clean && for step in export readme house; do $(BIN)/python tests/$$step.py || exit; done
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && for step in readme house; do $(BIN)/python tests/$$step.py || exit; done
 
 house: .venv/ready ## the picture in CONTRIBUTING.md: the modules and what they import
 	@$(BIN)/python tests/house.py

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Checkpoint', 'open_pair', 'Match', 'CheckpointScan', 'scan_checkpoints', 'TensorScan', 'scan_all', 'scan_figures']
+__all__ = ['Checkpoint', 'open_pair', 'VocabularyMatch', 'CheckpointScan', 'scan_checkpoints', 'TensorScan', 'scan_all',
+           'scan_figures']
 
 # %% ../nbs/12_checkpoints.ipynb #23c10e80
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -245,7 +246,7 @@ def open_pair(base: Any, tuned: Any) -> tuple[Checkpoint, Checkpoint]:
 
 # %% ../nbs/12_checkpoints.ipynb #bc6dc27f
 @dataclass(frozen=True, eq=False)
-class Match:
+class VocabularyMatch:
     """Which rows of two checkpoints belong together where their vocabularies differ.
 
     Attributes
@@ -288,7 +289,7 @@ def _match(base, tuned, V, W):  # None where the rows correspond as they are
     order = np.full(V, -1)
     order[list(pairs)] = list(pairs.values())
     new, gone = theirs.difference(pairs.values()), mine.difference(pairs)
-    return Match("token" if by_token else "row", order, sorted(new), sorted(gone), V - len(mine))
+    return VocabularyMatch("token" if by_token else "row", order, sorted(new), sorted(gone), V - len(mine))
 
 
 class _Matched:  # the tuned rows in the order of the base, read when asked for; the base's own where there is none
@@ -360,7 +361,7 @@ class CheckpointScan(Scan):
         Before and after.
     tensor : str
         The name of the matrix in the base, whose rows the ids are.
-    match : Match or None
+    match : VocabularyMatch or None
         Which rows belong together, if the vocabularies differ.
     round : bool
         Whether both were rounded to the coarser dtype.
@@ -371,7 +372,7 @@ class CheckpointScan(Scan):
     base: Checkpoint
     tuned: Checkpoint
     tensor: str
-    match: Match | None = None
+    match: VocabularyMatch | None = None
     round: bool = False
     device: str | None = None
 

@@ -313,8 +313,7 @@ def scan(
     _say(
         record,
         as_json,
-        f"{found.tensor}: {facts.changed:,} of {facts.V:,} rows changed at all"
-        f"{same}.",
+        f"{found.tensor}: {facts.changed:,} of {facts.V:,} rows changed at all{same}.",
         *filter(None, [found.note]),
         f"\n{ticket}\n",
         f"The ticket, the scan and its figures: {out}",

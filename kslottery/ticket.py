@@ -676,8 +676,8 @@ class _Adapter(_Bound):
         reasons = {
             "the ticket is empty": not len(self.ids),
             "the ticket has no tuned rows": self.rows is None,
-            "the model ties input and output embeddings, and this ticket changes the input only, which trainable tokens "
-            "cannot; `kslottery peft TICKET --as lora` writes it as a LoRA": tied and not lora,
+            "the model ties input and output embeddings, and this ticket changes the input only, which trainable "
+            "tokens cannot; `kslottery peft TICKET --as lora` writes it as a LoRA": tied and not lora,
             "its rows are read by the output, too, and a LoRA holds rows of the input only; take trainable_tokens": lora
             and self.mode == "shared",
         }
@@ -793,7 +793,8 @@ class _Adapter(_Bound):
         _demand(
             (
                 kind == "TRAINABLE_TOKENS",
-                f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows (of a ticket's LoRA, keep the ticket)",
+                f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows "
+                "(of a ticket's LoRA, keep the ticket)",
             ),
             (not strange and known[0] in stored, f"{folder} holds {', '.join(strange or stored)}: expected {known[0]}"),
         )

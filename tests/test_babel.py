@@ -155,23 +155,23 @@ def test_names_of_splits_and_tasks(tmp_path, monkeypatch):
 
 
 def test_what_the_world_writes_is_part_of_its_name(tmp_path, monkeypatch):
-    """The cache knows a world by VERSION: whoever changes its texts must raise it, or older folders would be read."""
+    """The cache knows a world by _VERSION: whoever changes its texts must raise it, or older folders would be read."""
     said = [
         [x.say(m) for x in babel._make_languages(0)] for meanings in babel._make_splits(0).values() for m in meanings
     ]
     tasks = [babel.make_task(task, split, 0) for task in babel.TASKS for split in babel.SPLITS]
-    assert (babel.VERSION, fingerprint(json.dumps([said, tasks, babel._FORMATS]))[:16]) == (2, "00f54f83ffbd72c8"), (
-        "raise VERSION and store the new fingerprint here"
+    assert (babel._VERSION, fingerprint(json.dumps([said, tasks, babel._FORMATS]))[:16]) == (2, "00f54f83ffbd72c8"), (
+        "raise _VERSION and store the new fingerprint here"
     )
     languages = babel._make_languages(0)
     tokenizer = babel._make_tokenizer(languages)
     read = (json.dumps(tokenizer.get_vocab(), sort_keys=True), *corpus(tokenizer, languages, set(), 64))
     marks = ["fcf9d9bfa794e242", "1ec00c842cfab48b", "9daeed99496ee46e"]
-    assert [fingerprint(part)[:16] for part in read] == marks, "pre-training reads something else: raise VERSION too"
+    assert [fingerprint(part)[:16] for part in read] == marks, "pre-training reads something else: raise _VERSION too"
     monkeypatch.setitem(babel.SIZES, "tiny", {"hidden": 32, "steps": 2})
     monkeypatch.setenv("KSLOTTERY_CACHE", str(tmp_path))
     with monkeypatch.context() as past:
-        past.setattr(babel, "VERSION", babel.VERSION - 1)
+        past.setattr(babel, "_VERSION", babel._VERSION - 1)
         (babel.build_world(0, "tiny", progress=False).folder / "train.jsonl").write_text("stale")
     assert "stale" not in babel.build_world(0, "tiny", progress=False).split("train").read_text()
 
