@@ -469,7 +469,7 @@ class CheckpointScan(Scan):
             scan=self,
         )
 
-
+# %% ../nbs/12_checkpoints.ipynb #80e07c29
 def _moved_rows(scan, after, ids):
     return TunedRows(
         ids,

@@ -249,6 +249,8 @@ def test_what_an_option_leaves_open_the_ticket_says(recorded, monkeypatch):
         (("scan", "--alpha", 2), "alpha is 2"),
         (("scan", "--top-k", -3), "top_k is -3"),
         (("scan", "--criterion", "luck"), "choose ks"),
+        (("scan", "--criterion", "l2"), "say how many of the best to take, with --top-k"),
+        (("scan", "--csv", "no/such/folder/s.csv"), "in a folder that exists"),
         (("scan", "--correction", "fisher"), "bonferroni"),
     ],
 )
