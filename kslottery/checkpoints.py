@@ -173,15 +173,6 @@ class Checkpoint:
         path = self.folder / "config.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def _places(self, name):  # the modules of an embedding, and of a tied output, as the model itself calls them
-        import transformers
-
-        kind = getattr(transformers, (self._stated().get("architectures") or ["none"])[0], None)
-        ties = {into: out for out, into in dict(getattr(kind, "_tied_weights_keys", None) or {}).items()}
-        whole = next((n for n in ties if n == name or n.endswith(f".{name}")), name)
-        output = ties[whole].removesuffix(".weight") if self.tied and whole in ties else None
-        return whole.removesuffix(".weight"), output
-
     @property
     def tied(self) -> bool:
         """Whether its configuration ties input and output embeddings; an older one leaves that to its architecture."""
@@ -444,7 +435,7 @@ class CheckpointScan(Scan):
         ids = selection.ids(self)
         (before, after, _), tokenizer = _matrices(self.base, self.tuned, self.tensor), self.tokenizer()
         embeds = self.tensor in self.base.embeddings()
-        module, output = self.base._places(self.tensor) if embeds else (self.tensor.removesuffix(".weight"), None)
+        module, output = _places(self.base, self.tensor) if embeds else (self.tensor.removesuffix(".weight"), None)
         return Ticket(
             ids,
             Provenance(
@@ -499,6 +490,16 @@ def _table(scan, counts):
     return pd.concat([frame.assign(state=state[frame["id"]], tuned_id=there), more], ignore_index=True)[
         [*frame, "state", "tuned_id"]
     ]
+
+
+def _places(checkpoint, name):  # the modules of an embedding, and of a tied output, as the model itself calls them
+    import transformers
+
+    kind = getattr(transformers, (checkpoint._stated().get("architectures") or ["none"])[0], None)
+    ties = {into: out for out, into in dict(getattr(kind, "_tied_weights_keys", None) or {}).items()}
+    whole = next((n for n in ties if n == name or n.endswith(f".{name}")), name)
+    output = ties[whole].removesuffix(".weight") if checkpoint.tied and whole in ties else None
+    return whole.removesuffix(".weight"), output
 
 # %% ../nbs/12_checkpoints.ipynb #ac82064c
 def scan_checkpoints(
