@@ -143,16 +143,13 @@ class Checkpoint:
         if name in self._where:
             return name
         alike = [n for n in self.names if n.endswith(f".{name}") or name.endswith(f".{n}")]
-        end = ".".join(name.split(".")[-2:])  # of an embedding: a model of pictures keeps it under another name
-        found = alike or [n for n in self.embeddings() if n.endswith(f".{end}") and name.endswith(_EMBEDDINGS)]
+        end = "." + ".".join(name.split(".")[-2:])  # of an embedding: a model of pictures keeps it under another name
+        found = alike or [n for n in self.embeddings() if n.endswith(end) and name.endswith(_EMBEDDINGS)]
         return found[0] if len(found) == 1 else None
 
     def __getitem__(self, name: str) -> Any:
-        must(
-            name in self._where,
-            f"{self.source} has no tensor {name}: it has {', '.join(self.names[:5])} "
-            f"and {max(0, len(self.names) - 5)} more",
-        )
+        more = f"{', '.join(self.names[:5])} and {max(0, len(self.names) - 5)} more"
+        must(name in self._where, f"{self.source} has no tensor {name}: it has {more}")
         return _Slices(self._where[name].get_slice(name))
 
     def embeddings(self) -> list[str]:
@@ -195,14 +192,13 @@ class Checkpoint:
             return None
         from transformers import AutoTokenizer
 
+        path = str(place if place.is_dir() else self.named)
         try:
-            return AutoTokenizer.from_pretrained(
-                str(place) if place.is_dir() else str(self.named), trust_remote_code=False
-            )
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # the loaders have many ways to fail
+            said = " ".join(str(error).split())[:120] or type(error).__name__
             raise ValueError(
-                f"the tokenizer of {self.named or self.source} cannot be read "
-                f"({' '.join(str(error).split())[:120] or type(error).__name__}): "
+                f"the tokenizer of {self.named or self.source} cannot be read ({said}): "
                 "copy its files again; one of the base may be named by --tokenizer, a folder or a Hub id"
             ) from None
 

@@ -228,6 +228,49 @@ def run(
     said = ["", "What was found:", *(f"  * {sentence}" for sentence in summary)] if summary else []
     _say(record, as_json, *said, "", f"The report: {report}", f"Everything: {place}")
 
+# %% ../nbs/19_cli.ipynb #5e0f1c2a
+_Tensor = Annotated[str | None, typer.Option(help="The matrix to scan (default: the input embedding).")]
+_Tokenizer = Annotated[
+    str | None, typer.Option(help="The base's tokenizer, a folder or a Hub id (default: beside its tensors).")
+]
+_Everything = Annotated[bool, typer.Option("--all", help="Scan every tensor too, and draw a heat map layer by matrix.")]
+_Criterion = Annotated[
+    str, typer.Option(help="ks, l2, relative, max, wasserstein, sign, lota or frequency (the last needs --counts).")
+]
+_Counts = Annotated[
+    Path | None,
+    typer.Option(help="JSON list: how often each token occurs, for the figure and for --criterion frequency."),
+]
+_Csv = Annotated[
+    Path | None, typer.Option(metavar="FILE.csv", help="Write the whole scan as a table, too, best row first.")
+]
+
+
+def _say_scan(found, ticket, out, csv, as_json):
+    facts, matched = ticket.provenance, found.match
+    record = {
+        "size": len(ticket.ids),
+        "ids": ticket.ids.tolist(),
+        "tokens": facts.tokens,
+        "statistic": found.statistic[ticket.ids].tolist(),
+        "pvalue": None if found.pvalue is None else found.pvalue[ticket.ids].tolist(),
+        "changed": facts.changed,
+        "matched": matched and {name: getattr(matched, name) for name in ("by", "new", "gone", "padding")},
+        "apart": found.apart,
+        "out": str(out),
+        "csv": csv and str(csv),
+    }
+    same = "" if facts.changed or not record["size"] else ": both checkpoints hold the same, and no row is a winner"
+    _say(
+        record,
+        as_json,
+        f"{found.tensor}: {facts.changed:,} of {facts.V:,} rows changed at all{same}.",
+        *filter(None, [found.note]),
+        f"\n{ticket}\n",
+        f"The ticket, the scan and its figures: {out}",
+        *([f"The whole scan as a table: {csv}"] if csv else []),
+    )
+
 # %% ../nbs/19_cli.ipynb #b0332044
 @app.command()
 @_whole()
@@ -240,27 +283,16 @@ def scan(
     alpha: Annotated[float, typer.Option(help="Rows with a p-value below alpha form the ticket.")] = 0.05,
     top_k: Annotated[int, typer.Option(help="Take so many best rows instead.")] = 0,
     correction: Annotated[str | None, typer.Option(help="bonferroni or bh.")] = None,
-    tensor: Annotated[str | None, typer.Option(help="The matrix to scan (default: the input embedding).")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="The base's tokenizer, a folder or a Hub id (default: beside its tensors).")
-    ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Scan every tensor too, and draw a heat map layer by matrix.")
-    ] = False,
-    criterion: Annotated[
-        str, typer.Option(help="ks, l2, relative, max, wasserstein, sign, lota or frequency (the last needs --counts).")
-    ] = "ks",
-    counts: Annotated[
-        Path | None,
-        typer.Option(help="JSON list: how often each token occurs, for the figure and for --criterion frequency."),
-    ] = None,
+    tensor: _Tensor = None,
+    tokenizer: _Tokenizer = None,
+    everything: _Everything = False,
+    criterion: _Criterion = "ks",
+    counts: _Counts = None,
     round_: Annotated[
         bool, typer.Option("--round", help="If the dtypes differ, round both to the coarser first.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv", help="Write the whole scan as a table, too, best row first.")
-    ] = None,
+    csv: _Csv = None,
     as_json: _Json = False,
 ) -> None:
     """Scan two checkpoints and write a ticket folder. If their vocabularies differ, rows are matched by token.
@@ -296,29 +328,7 @@ def scan(
     if csv:
         with whole_file(csv) as part:
             found.table(numbers).to_csv(part, index=False)
-    facts, matched = ticket.provenance, found.match
-    record = {
-        "size": len(ticket.ids),
-        "ids": ticket.ids.tolist(),
-        "tokens": facts.tokens,
-        "statistic": found.statistic[ticket.ids].tolist(),
-        "pvalue": None if found.pvalue is None else found.pvalue[ticket.ids].tolist(),
-        "changed": facts.changed,
-        "matched": matched and {name: getattr(matched, name) for name in ("by", "new", "gone", "padding")},
-        "apart": found.apart,
-        "out": str(out),
-        "csv": csv and str(csv),
-    }
-    same = "" if facts.changed or not record["size"] else ": both checkpoints hold the same, and no row is a winner"
-    _say(
-        record,
-        as_json,
-        f"{found.tensor}: {facts.changed:,} of {facts.V:,} rows changed at all{same}.",
-        *filter(None, [found.note]),
-        f"\n{ticket}\n",
-        f"The ticket, the scan and its figures: {out}",
-        *([f"The whole scan as a table: {csv}"] if csv else []),
-    )
+    _say_scan(found, ticket, out, csv, as_json)
 
 # %% ../nbs/19_cli.ipynb #dd601e95
 _Calibration = Annotated[
