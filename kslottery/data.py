@@ -706,4 +706,5 @@ def token_text(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     byte_level = "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
     added = tokenizer.added_tokens_decoder
     pieces = ((i, tokenizer.convert_ids_to_tokens(i) or f"[{i}]") for i in map(int, ids))
-    return [_readable(piece if i in added else _decoded(piece, byte_level)) for i, piece in pieces]
+    # an added token as it was added: its piece may have been through the normaliser
+    return [_readable(added[i].content if i in added else _decoded(piece, byte_level)) for i, piece in pieces]
