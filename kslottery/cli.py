@@ -588,7 +588,7 @@ def merge(
         *([untied] if added else []),
     )
 
-
+# %% ../nbs/19_cli.ipynb #8d2f3b17
 @app.command("peft")
 @_whole()
 def convert(

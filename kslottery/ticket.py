@@ -666,10 +666,29 @@ class _Bound(_Told):
         self.check(model, tokenizer)
         return model, tokenizer
 
-# %% ../nbs/11_ticket.ipynb #cac934b7
+# %% ../nbs/11_ticket.ipynb #c41b7a90
 _FORMS = ("trainable_tokens", "lora")
 
 
+def _as_adapter(facts, rows, base) -> tuple[Any, dict[str, Any]]:  # PEFT's configuration and tensors; a LoRA with base
+    from peft import LoraConfig, TrainableTokensConfig
+
+    about: Any = {
+        "target_modules": [facts.embedding_module],
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": facts.model,
+        "revision": facts.revision,
+        "inference_mode": True,
+    }
+    if base is None:
+        both = (facts.embedding_module, facts.output_module)  # PEFT misses its rows in a tied output otherwise
+        tensors = {f"{module}.trainable_tokens_delta": rows.weight.detach() for module in both if module}
+        return TrainableTokensConfig(token_indices=rows.ids.tolist(), **about), tensors
+    name, k = f"{facts.embedding_module}.lora_embedding", len(rows)
+    places = torch.nn.functional.one_hot(rows.ids, facts.V).float()
+    return LoraConfig(r=k, lora_alpha=k, **about), {f"{name}_A": places, f"{name}_B": rows.delta(base).T.contiguous()}
+
+# %% ../nbs/11_ticket.ipynb #cac934b7
 class _Adapter(_Bound):
     def _obstacle(self, form: str) -> str | None:
         tied, lora = self.provenance.tied_embeddings and self.mode == "input_only", form == "lora"
@@ -689,27 +708,7 @@ class _Adapter(_Bound):
         return self._obstacle("trainable_tokens")
 
     def _write_adapter(self, folder: Path, base: Any = None) -> None:  # as a LoRA, if the base is given
-        from peft import LoraConfig, TrainableTokensConfig
-
-        rows, facts = cast(TunedRows, self.rows), self.provenance  # there are some, or there is an obstacle
-        about: Any = {
-            "target_modules": [facts.embedding_module],
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": facts.model,
-            "revision": facts.revision,
-            "inference_mode": True,
-        }
-        if base is None:
-            config: Any = TrainableTokensConfig(token_indices=rows.ids.tolist(), **about)
-            both = (facts.embedding_module, facts.output_module)  # PEFT misses its rows in a tied output otherwise
-            tensors = {f"{module}.trainable_tokens_delta": rows.weight.detach() for module in both if module}
-        else:
-            config, name = (
-                LoraConfig(r=len(rows), lora_alpha=len(rows), **about),
-                f"{facts.embedding_module}.lora_embedding",
-            )
-            places = torch.nn.functional.one_hot(rows.ids, facts.V)
-            tensors = {f"{name}_A": places.float(), f"{name}_B": rows.delta(base).T.contiguous()}
+        config, tensors = _as_adapter(self.provenance, cast(TunedRows, self.rows), base)
         config.save_pretrained(folder)
         save_file(
             {f"base_model.model.{module}": tensor.cpu().numpy() for module, tensor in tensors.items()},
@@ -718,12 +717,7 @@ class _Adapter(_Bound):
         )
 
     def to_peft(
-        self,
-        folder: str | Path,
-        form: str = "trainable_tokens",
-        *,
-        model: Any = None,
-        tokenizer: Any = None,
+        self, folder: str | Path, form: str = "trainable_tokens", *, model: Any = None, tokenizer: Any = None
     ) -> None:
         """Write the ticket as a PEFT adapter and nothing else, whole or not at all.
 
