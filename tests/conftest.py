@@ -1,15 +1,16 @@
 """Shared pieces: the repository, tiny models of every architecture, one fast quickstart run for all that look at it."""
 
+import importlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from shared import shared
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BloomConfig,
@@ -33,6 +34,8 @@ from kslottery.cli import app
 from kslottery.data import Example
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # here, as tests start processes that import this file
+shared = importlib.import_module("shared").shared
 DATA, MODELS = shared("data"), shared("models")  # real text and a model of it, where a developer has them
 TIED = ("gemma", "gpt2", "bloom")
 ARCHITECTURES = ("llama", "qwen2", "mistral", *TIED)

@@ -542,6 +542,7 @@ def test_no_bars_outside_a_terminal(tmp_path, monkeypatch):
             "revision": None,
             "rows": 2,
             "mode": "input_only",
+            "added_megabytes": 0.0,
         }
     )
 
