@@ -8,13 +8,89 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .data import Pair, Prompt, encode_all
-from .ks import ks_scan
+import numpy as np
+
+from .core import must, to_accelerator
+from .data import Example, Pair, Prompt, encode_all, token_counts
+from .ks import Scan, scan_rows
+from .rows import TunedRows
 from .ticket import Provenance, Selection, Ticket
-from .tuning import Recipe, embed_tune, partial_tune
+from .tuning import Recipe, active_ids, embed_tune, partial_tune
 
 # %% auto #0
-__all__ = ['find_ticket']
+__all__ = ['GRADIENT_SENTENCES', 'gradient_scan', 'find_ticket']
+
+# %% ../nbs/13_lottery.ipynb #62ee4a3b
+GRADIENT_SENTENCES = 10  # so many of the first sentences are read by `find_ticket(..., criterion="gradient")`
+
+
+def gradient_scan(model: Any, examples: list[Example], *, mode: str = "input_only") -> Scan:
+    """Measure the length of the loss gradient at each embedding row, without tuning anything.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The plain base; its weights are not changed. It is moved to the accelerator, if there is one.
+    examples : list of Example
+        As from `encode_all`; a few are enough.
+    mode : str, default "input_only"
+        What a row is, see `TunedRows`: "shared" takes the gradient of input and output of a tied model together.
+
+    Returns
+    -------
+    Scan
+        By the criterion "gradient": L2 lengths of the gradient of the mean loss over all target tokens, 0 for rows that
+        do not occur. It has no p-values.
+
+    Raises
+    ------
+    ValueError
+        If there are no examples, the mode does not fit the model, or a gradient is not finite.
+
+    References
+    ----------
+    The length of a gradient before tuning as in SNIP (Lee et al. 2019) and SIFT (Song et al. 2023), here read by rows.
+    """
+    import torch
+
+    ids = active_ids(examples)
+    rows = TunedRows.of(to_accelerator(model).eval(), ids, mode)
+    targets = [sum(label != -100 for label in e.labels[1:]) for e in examples]
+    found = torch.zeros_like(rows.weight, requires_grad=False)
+    with rows.applied(model):
+        for example, n in zip(examples, targets):
+            read, labels = (torch.tensor([x], device=model.device) for x in (example.ids, example.labels))
+            loss = model(input_ids=read, labels=labels, use_cache=False).loss * n  # the sum, which fp16 can hold
+            found += torch.autograd.grad(loss, rows.weight)[0] / sum(targets)
+    lengths = found.norm(dim=1).cpu().double().numpy()
+    must(np.isfinite(lengths).all(), "a gradient is not finite: load the model in float32 or bfloat16")
+    V, d = rows.matrix(model).shape
+    statistic = np.zeros(V)
+    statistic[ids] = lengths
+    return Scan(statistic, None, d, "gradient")
+
+# %% ../nbs/13_lottery.ipynb #c8738763
+def _refuse(model, pairs, selection, recipe):
+    must(
+        selection.top_k or selection.criterion in ("ks", "sign"),
+        f"the criterion {selection.criterion!r} has no p-values to compare with alpha: say by top_k how many of the "
+        "best to take",
+    )
+    must(pairs, "there are no pairs: give at least one sentence and its translation to tune on")
+    size = len(partial_tune(model, [], [], recipe).matrix(model))  # no rows: which asks whether the mode fits the model
+    most = f"top_k is {selection.top_k} and the embedding has {size} rows: take at most that many"
+    must(selection.top_k <= size, most)
+
+
+def _scan(model, examples, embed_rows, selection, recipe):
+    if embed_rows is not None:
+        after = embed_rows.matrix(model)  # of the model's matrix, and the same with the tuned rows in it
+        counts = token_counts(examples, len(after))
+        return scan_rows(after.base, after, selection.criterion, counts=counts, progress=recipe.progress)
+    scan = gradient_scan(model, examples[:GRADIENT_SENTENCES], mode=recipe.mode)
+    k, known = selection.top_k, np.count_nonzero(scan.statistic)
+    must(k <= known, f"top_k is {k} and only {known} rows have a gradient: take at most that many")
+    return scan
 
 # %% ../nbs/13_lottery.ipynb #2cd31408
 def find_ticket(
@@ -25,6 +101,7 @@ def find_ticket(
     *,
     alpha: float = 0.05,
     top_k: int = 0,
+    criterion: str = "ks",
     recipe: Recipe | None = None,
     checkpoint: str | Path | None = None,
 ) -> Ticket:
@@ -46,6 +123,9 @@ def find_ticket(
         Rows with a p-value below alpha form the ticket.
     top_k : int, default 0
         Take so many best rows instead, if it is not 0.
+    criterion : str, default "ks"
+        What ranks the rows: one of `kslottery.ks.CRITERIA`, or "gradient", see `gradient_scan`: then there is no Embed
+        Tuning, and the first `GRADIENT_SENTENCES` sentences rank them. All but "ks" and "sign" need `top_k`.
     recipe : Recipe or None
         Learning rates, epochs, batch size, seed, mode and progress of both trainings; by default the authors'.
     checkpoint : str, Path or None
@@ -66,21 +146,16 @@ def find_ticket(
     ----------
     Yuan et al. 2025, section 3.
     """
-    recipe, selection = recipe or Recipe(), Selection(alpha=alpha, top_k=top_k)
-    if not pairs:
-        raise ValueError("there are no pairs: give at least one sentence and its translation to tune on")
-    size = len(partial_tune(model, [], [], recipe).matrix(model))  # no rows: which asks whether the mode fits the model
-    if top_k > size:
-        raise ValueError(f"top_k is {top_k} and the embedding has {size} rows: take at most that many")
-    examples = encode_all(tokenizer, prompt, pairs)
+    recipe, selection = recipe or Recipe(), Selection(criterion, alpha, top_k)
+    _refuse(model, pairs, selection, recipe)
+    examples, gradient = encode_all(tokenizer, prompt, pairs), criterion == "gradient"
     embed_state, partial_state = (
         checkpoint and Path(checkpoint) / f"{step}.safetensors" for step in ("embed", "partial")
     )
 
-    embed_rows = embed_tune(model, examples, recipe, checkpoint=embed_state)  # 1. Embed Tuning
+    embed_rows = None if gradient else embed_tune(model, examples, recipe, checkpoint=embed_state)  # 1. Embed Tuning
 
-    after = embed_rows.matrix(model)  # 2. the scan: the model's matrix, and the same with the tuned rows in it
-    scan = ks_scan(after.base, after, progress=recipe.progress)
+    scan = _scan(model, examples, embed_rows, selection, recipe)  # 2. the scan
 
     ids = selection.ids(scan)  # 3. the ticket
 

@@ -123,7 +123,7 @@ class Selection:
     Attributes
     ----------
     criterion : str, default "ks"
-        What the scan measured, one of `kslottery.ks.CRITERIA`.
+        What the scan measured, one of `kslottery.ks.CRITERIA`, or "gradient" (`kslottery.lottery.gradient_scan`).
     alpha : float or None, default 0.05
         Rows with a p-value below it are chosen. It ranks and cuts; it is no error rate.
     top_k : int, default 0
@@ -140,7 +140,10 @@ class Selection:
     def __post_init__(self) -> None:
         _check_types(self)
         _demand(
-            (self.criterion in CRITERIA, f"criterion is {self.criterion!r}: choose {', '.join(CRITERIA)}"),
+            (
+                self.criterion in (known := (*CRITERIA, "gradient")),
+                f"criterion is {self.criterion!r}: choose {', '.join(known)}",
+            ),
             (self.top_k >= 0, f"top_k is {self.top_k}: give how many rows to take, or 0 for those that pass alpha"),
             (
                 0 < self.alpha < 1 if self.alpha is not None else self.top_k,

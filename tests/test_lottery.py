@@ -1,10 +1,12 @@
 """The method as one function: the same as its steps by hand, restartable, checked before it works, and on any model."""
 
+import copy
 import inspect
 import signal
 import subprocess
 import time
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -13,10 +15,14 @@ import torch
 import forks
 from conftest import ROOT, TIED, TOY, tiny_model
 from kslottery import lottery
-from kslottery.data import Pair, Prompt, encode_all
-from kslottery.evaluation import translate
-from kslottery.ks import critical_value, ks_scan
-from kslottery.lottery import find_ticket
+from kslottery.audit import AuditSettings, audit_ticket
+from kslottery.calibration import certify_ticket
+from kslottery.data import Example, Pair, Prompt, collate, encode_all
+from kslottery.decomposition import Bootstrap
+from kslottery.evaluation import Generation, translate
+from kslottery.ks import critical_value, ks_scan, scan_rows
+from kslottery.lottery import find_ticket, gradient_scan
+from kslottery.rows import is_tied
 from kslottery.ticket import Selection, Ticket
 from kslottery.tuning import Recipe, active_ids, embed_tune, partial_transfer, partial_tune
 
@@ -66,6 +72,114 @@ def test_top_k_takes_the_best():
     ticket = find(tiny_model("llama"), top_k=3)
     assert ticket.ids.tolist() == ticket.scan.top(3).tolist() and ticket.provenance.selection.top_k == 3
     assert len(ticket.rows) == 3
+
+
+def dense_gradient(model, examples, mode):
+    "Lengths of the gradient at all rows, of one padded batch, by plain autograd on the whole matrix."
+    model = copy.deepcopy(model).requires_grad_(True)
+    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if mode == "input_only" and head.weight is weight:
+        head.weight = torch.nn.Parameter(weight.detach().clone())
+    batch = collate(examples, TOY.pad_token_id)
+    model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+    return weight.grad.norm(dim=1).double().numpy()
+
+
+def test_the_gradient_is_that_of_plain_autograd(model):
+    "On every architecture, tied or not, one sentence at a time; padding has no part in it."
+    pairs = [*PAIRS[:3], PAIRS[3]._replace(source="t8"), PAIRS[4]._replace(target="t44")]
+    examples = encode_all(TOY, PROMPT, pairs)
+    assert len({len(e.ids) for e in examples}) > 1  # so that a batch of them is padded
+    active = active_ids(examples)
+    for mode in ("input_only", "shared") if is_tied(model) else ("input_only",):
+        scan, dense = gradient_scan(model, examples, mode=mode), dense_gradient(model, examples, mode)
+        assert np.allclose(scan.statistic[active], dense[active], rtol=1e-4, atol=1e-9)
+        assert np.flatnonzero(scan.statistic).tolist() == [i for i in active if dense[i] > 0]
+        assert scan.statistic[TOY.pad_token_id] == 0 and (scan.pvalue, scan.criterion) == (None, "gradient")
+        end = scan.statistic[TOY.eos_token_id]  # what is read last has nothing to predict, but is predicted
+        assert end == 0 if mode == "input_only" else end > 0
+
+
+def test_the_gradient_by_hand():
+    "Two tokens and the softmax: an input row's gradient is W'(softmax - one-hot), over the number of target tokens."
+
+    class Bigram(torch.nn.Module):
+        config = types.SimpleNamespace(is_encoder_decoder=False)
+        device, dtype, name_or_path = "cpu", torch.float32, ""
+
+        def __init__(self):
+            super().__init__()
+            self.read, self.head = torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4, bias=False)
+            self.read.weight.data = torch.tensor([[9.0, 9], [0, 0], [1, 0], [5, 5]])
+            self.head.weight.data = torch.tensor([[0.0, 0], [3, 4], [0, 0], [0, 0]])
+
+        get_input_embeddings = lambda self: self.read
+        get_output_embeddings = lambda self: self.head
+
+        def forward(self, input_ids, labels, use_cache):
+            logits = self.head(self.read(input_ids))[0, :-1]
+            return types.SimpleNamespace(loss=torch.nn.functional.cross_entropy(logits, labels[0, 1:]))
+
+    scan = gradient_scan(Bigram(), [Example("x", [1, 1], [-100, 1], [0, 0], 1)])  # p(1) = 1/4, and 1 is right
+    assert scan.statistic.tolist() == [0, 5 * 0.75, 0, 0]
+    scan = gradient_scan(Bigram(), [Example("x", [1, 1, 1], [-100, 1, 1], [0] * 3, 1)] * 2)  # a mean is a mean
+    assert scan.statistic.tolist() == [0, 5 * 0.75, 0, 0]
+
+
+def test_the_gradient_in_16_bits():
+    examples = encode_all(TOY, PROMPT, PAIRS[:10])
+    full, half = (gradient_scan(tiny_model("llama").to(dtype), examples) for dtype in (torch.float32, torch.bfloat16))
+    active = active_ids(examples)
+    assert np.corrcoef(full.statistic[active], half.statistic[active])[0, 1] > 0.99
+    assert full.top(1) == half.top(1)
+
+
+def test_a_ticket_by_the_gradient(tmp_path, monkeypatch):
+    "No Embed Tuning; the rest is any ticket's, and what asks for Embed-Tuned rows says so in one sentence."
+    monkeypatch.setattr(lottery, "embed_tune", None)
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ticket = find(model, criterion="gradient", top_k=3)
+    examples = encode_all(TOY, PROMPT, PAIRS)
+    assert ticket.ids.tolist() == gradient_scan(model, examples[: lottery.GRADIENT_SENTENCES]).top(3).tolist()
+    assert torch.equal(ticket.rows.weight, partial_tune(model, ticket.ids, examples, RECIPE).weight)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    ticket.save(tmp_path / "t")
+    again = Ticket.load(tmp_path / "t")
+    assert again.provenance.selection == Selection("gradient", 0.9, 3) and again.embed_rows is None
+    assert np.array_equal(again.scan.statistic, ticket.scan.statistic) and again.scan.pvalue is None
+    assert "| criterion | `gradient` |" in again.card() and "gradient" in repr(again) and " D " not in repr(again)
+    fresh = [Pair(f"y:{n}", f"t{30 + n % 9} t{50 + n // 9}", "t40 t41") for n in range(63)]
+    with pytest.raises(ValueError, match="no Embed-Tuned rows to be compared with: give"):
+        certify_ticket(again, fresh, epsilon=0.5, model=model, tokenizer=TOY)
+    how = AuditSettings(fast=True, bootstrap=Bootstrap(20), generation=Generation(4), progress=False)
+    audit = audit_ticket(again, fresh[:8], train=PAIRS, model=model, tokenizer=TOY, settings=how)
+    assert not {"embed_tuning", "all_but_ticket"} & {arm.name for arm in audit.arms}
+    assert audit.checks[-1].sentence == "The ticket has no Embed-Tuned rows."
+
+
+def test_any_criterion_ranks():
+    model = tiny_model("llama")
+    ticket = find(model, criterion="relative", top_k=3)
+    after = ticket.embed_rows.matrix(model)
+    assert ticket.ids.tolist() == scan_rows(after.base, after, "relative").top(3).tolist()
+    assert ticket.provenance.selection.criterion == "relative" and ticket.scan.criterion == "relative"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"criterion": "gradient"}, "'gradient' has no p-values to compare with alpha: say by top_k"),
+        ({"criterion": "l2"}, "'l2' has no p-values to compare with alpha: say by top_k"),
+        ({"criterion": "gradient", "top_k": 60}, "top_k is 60 and only .* rows have a gradient: take at most"),
+        ({"criterion": "gradients", "top_k": 3}, "criterion is 'gradients': choose ks, .*, gradient"),
+    ],
+)
+def test_a_criterion_that_cannot_be(words, said, monkeypatch):
+    for name in ("embed_tune", *(["partial_tune"] if words.get("top_k", 0) < 60 else [])):
+        monkeypatch.setattr(lottery, name, None)  # before any training
+    with pytest.raises(ValueError, match=said):
+        find(tiny_model("llama"), **words)
 
 
 @pytest.mark.parametrize("kind", TIED)
