@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 PORT ?= 8000
 
 .PHONY: help setup setup-browser hooks run run-real lint test test-full docs docs-serve export house notebooks dist \
-  clean bench-ks bench-bank bench-step bench-prefix audit-worlds stability verdict
+  clean bench-ks bench-bank bench-step bench-prefix audit-worlds stability verdict real
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -116,3 +116,7 @@ stability: .venv/ready ## which rows of a ticket come back, over three seeds (ab
 verdict: .venv/ready ## how often the verdict is wrong, 2,000 samples a cell (DATA=<folder with ntrex/>: with BLEU, too)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/verdict.py $(if $(DATA),--corpus $(DATA)/ntrex) \
 	  --out benchmarks/results/verdict.json
+
+real: .venv/ready ## the page "Real language": scan, arms, audit, certificate (MODEL=, DATA=<.../short>; half an hour)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) \
+	  --out benchmarks/results/real.json
