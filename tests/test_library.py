@@ -18,7 +18,8 @@ from house import BENCHMARKS, PICTURE, arrows, imports, picture, rooms
 BIN = Path(sys.executable).parent
 MODULES = list(rooms())  # in their order
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ARROWS, STATEMENTS = 62, 4100  # at most; fewer than. The redesign of 0.2 ended at 3,498: it grows by capability only
+# At most; fewer than. The redesign of 0.2 ended at 62 and 3,498: the library grows by capability only.
+ARROWS, STATEMENTS = 74, 4610
 
 
 def tree(folder):
