@@ -87,6 +87,7 @@ class Sizes:
         ("explicit", "en-de"),
         ("paraphrase", "en-de"),
         ("explicit", "de-en"),
+        ("paraphrase", "de-en"),
     )
     top_k: int = 7
     rates: tuple[float, float] = (2e-3, 8e-3)

@@ -2,7 +2,8 @@
 
 They run in a folder where models and sentences are stand-ins of the same names; some commands are made smaller
 (SMALLER), and settings files are read without a run. Of `make` and `papermill` lines it is checked that their targets,
-notebooks and parameters exist: CI runs the first, test_notebooks the second. What is no command of these, or names what
+notebooks and parameters exist: CI runs the first, test_notebooks the second. Blocks of `bash`, not `sh`, are downloads
+and programs for several GPUs: these are not run. What is no command of these, or names what
 is not there, fails. Code cells of notebooks are run by test_notebooks; the ten lines of the home page are one of them.
 """
 
@@ -145,6 +146,8 @@ def test_the_blocks_of_a_page_run(page, place, monkeypatch):
         if language == "sh":
             for line in re.sub(r"\\\n\s*", " ", block).strip().split("\n"):
                 run_line(line)
+        elif language == "bash":  # what needs a network or several GPUs: only its grammar is looked at
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
         elif language == "json":  # records of a data file
             (place / "block.jsonl").write_text(block)
             assert load_pairs("block.jsonl")

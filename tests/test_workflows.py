@@ -106,7 +106,7 @@ def test_every_tool_is_pinned():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     entries = [hook["entry"] for repo in hooks for hook in repo["hooks"]]
     tools = re.findall(r"(?:\$\(BIN\)|\.venv/bin)/([\w-]+)", "\n".join([MAKE, *entries]))
-    owners = {"nbdev_clean": "nbdev", "python": None, "kslottery": None, "activate": None}
+    owners = {"nbdev_clean": "nbdev", "nbdev_export": "nbdev", "python": None, "kslottery": None, "activate": None}
     for tool in {*tools, *re.findall(r"python -m (\w+)", MAKE)} - {"pip", "venv", "http"}:
         owner = owners.get(tool, tool)
         assert owner is None or owner in wanted, f"{tool} is no requirement of settings.ini"
