@@ -333,7 +333,7 @@ def _stack_gain(ax, y, gain, named):
         if part.low < part.high:
             ax.plot([start + part.low, start + part.high], [y + shift] * 2, color="0.15", lw=1.2, marker="|", ms=5)
         ends[side] += part.value
-    end = max(0, ends[1], ends[1] - gain.content.value + gain.content.high)
+    end = max(0, ends[1], gain.stopping.high, ends[1] - gain.content.value + gain.content.high)
     share = "" if gain.share.value is None else f" ({gain.share.value:.0%} stopping)"
     ax.annotate(f"{gain.verdict}{share}", (end, y), (8, 0), textcoords="offset points", va="center", fontsize=8)
 
@@ -356,7 +356,7 @@ def plot_decomposition(gains: dict[str, Any], ax: Axes | None = None) -> Axes:
     for y, gain in enumerate(gains.values()):
         _stack_gain(ax, y, gain, named=not y)
     ax.axvline(0, color="0.5", lw=0.8)
-    ax.set(xlabel=f"gain over the base, {_METRICS.get(gain.metric, gain.metric)}, whole continuation", xmargin=0.3)
+    ax.set(xlabel=f"gain over the base, {_METRICS.get(gain.metric, gain.metric)}, whole continuation", xmargin=0.4)
     ax.set_yticks(range(len(gains)), [_no_mathematics(k) for k in gains])
     ax.invert_yaxis()
     return _legend_below(ax)

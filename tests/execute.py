@@ -4,13 +4,25 @@ A notebook that fails is left as it was.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
 import papermill
+
+
+def joined(outputs):
+    "Outputs with what was written to one stream piece by piece in one piece."
+    found = []
+    for output in outputs:
+        if found and output.output_type == "stream" == found[-1].output_type and output.name == found[-1].name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
+
 
 root = Path(__file__).resolve().parent.parent
 notebooks = [Path(n).resolve() for n in sys.argv[1:]] or sorted(
@@ -30,5 +42,9 @@ for notebook in notebooks:
     with tempfile.TemporaryDirectory() as folder:
         done = Path(folder) / notebook.name
         papermill.execute_notebook(str(notebook), str(done), kernel_name="python3", cwd=folder, progress_bar=False)
-        shutil.copyfile(done, notebook)
+        executed = nbformat.read(done, as_version=4)
+        for cell in executed.cells:
+            if cell.cell_type == "code":
+                cell.outputs = joined(cell.outputs)
+        nbformat.write(executed, notebook)
 subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=root, check=True)
