@@ -7,9 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEED ?= 0
 RUN ?= runs/quickstart
 PORT ?= 8000
+JOBS ?= 1
+SCALE ?= 1
 
 .PHONY: help setup setup-browser hooks run run-real lint test test-full docs docs-serve export house notebooks dist \
-  clean bench-ks bench-bank bench-step bench-prefix audit-worlds stability verdict real
+  clean fuzz faults bench-ks bench-bank bench-step bench-prefix audit-worlds stability verdict real
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -73,6 +75,12 @@ test: lint ## notebooks clean and in sync, every notebook at its fast size, pyte
 
 test-full: .venv/ready ## make test and what is slow: full sizes, several seeds
 	@$(BIN)/python -m pytest $(PYTEST)
+
+fuzz: .venv/ready ## odd input of six kinds: MINUTES=5 SEED=0 JOBS=1 (tallies and distinct failures; FUZZ="--kind tables")
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --minutes $(MINUTES) --seed $(SEED) --jobs $(JOBS) $(FUZZ)
+
+faults: .venv/ready ## kills, signals, races, full disks, permissions, a soak: SCALE=1 SEED=0 (FAULTS="--only kills")
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py --scale $(SCALE) --seed $(SEED) $(FAULTS)
 
 docs: .venv/ready ## the site, into _docs/ (by Quarto where it is installed, else by mkdocs-material)
 	@$(BIN)/python nbs/_render.py
