@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import memory
 from typer.testing import CliRunner
 
 import fuzz
@@ -677,6 +676,8 @@ def permissions(part, home, rng, scale):
 
 def soak(part, home, rng, scale):
     "Generations with changing tickets: the same texts at the end, and no more memory."
+    from shared import memory  # its folder is on the path since fuzz is here
+
     base = talker("llama")
     bank = TicketBank(
         base,

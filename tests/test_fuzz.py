@@ -29,8 +29,9 @@ def test_odd_input_gives_a_result_or_one_sentence(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.KINDS)
 def test_odd_input_for_five_minutes(name):
-    tried, found, _ = fuzz.mutated(name, random.randrange(10**6), 50, room=fuzz.memory_room())
-    assert tried and not fuzz.distinct(found)
+    seed = random.randrange(10**6)
+    tried, found, _ = fuzz.mutated(name, seed, 50, room=fuzz.memory_room())
+    assert tried and not fuzz.distinct(found), f"again: python tests/fuzz.py --kind {name} --seed {seed}"
 
 
 @waits
