@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEED ?= 0
 RUN ?= runs/quickstart
 PORT ?= 8000
+LIMIT ?= 5
 JOBS ?= 1
 SCALE ?= 1
 
@@ -76,8 +77,8 @@ test: lint ## notebooks clean and in sync, every notebook at its fast size, pyte
 test-full: .venv/ready ## make test and what is slow: full sizes, several seeds
 	@$(BIN)/python -m pytest $(PYTEST)
 
-fuzz: .venv/ready ## odd input of six kinds: MINUTES=5 SEED=0 JOBS=1 (tallies and distinct failures; FUZZ="--kind tables")
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --minutes $(MINUTES) --seed $(SEED) --jobs $(JOBS) $(FUZZ)
+fuzz: .venv/ready ## odd input of six kinds: LIMIT=5 (minutes) SEED=0 JOBS=1 (FUZZ="--kind tables")
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --minutes $(LIMIT) --seed $(SEED) --jobs $(JOBS) $(FUZZ)
 
 faults: .venv/ready ## kills, signals, races, full disks, permissions, a soak: SCALE=1 SEED=0 (FAULTS="--only kills")
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py --scale $(SCALE) --seed $(SEED) $(FAULTS)
