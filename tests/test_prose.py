@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import kslottery
 from conftest import ROOT
 from kslottery.babel import build_world
 from kslottery.core import load_model
@@ -157,10 +156,9 @@ ASKED_AS |= {"other_languages": "languages", "tolerance": "tolerance"}
 def test_bad_values_are_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch):
     "In one sentence that names the value; and nothing is left behind."
     monkeypatch.chdir(tmp_path)
-    for module, function in (("babel", "resolve"), ("babel", "build_world"), ("core", "load_model")):
-        monkeypatch.setattr(f"kslottery.{module}.{function}", lambda *a, **k: pytest.fail("it went on"))
-    monkeypatch.setattr("kslottery.load_model", kslottery.core.load_model)
-    monkeypatch.setattr("kslottery.build_world", kslottery.babel.build_world)
+    # the face first: it looks its names up when they are asked for, and what it found is put back afterwards
+    for function in ("load_model", "build_world", "babel.resolve", "babel.build_world", "core.load_model"):
+        monkeypatch.setattr(f"kslottery.{function}", lambda *a, **k: pytest.fail("it went on"))
     parameters, imports, settings, *_ = ("".join(c["source"]) for c in cells(PAGES[name], "code"))
     place: dict = {}
     exec(parameters, place)
