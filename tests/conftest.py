@@ -163,6 +163,11 @@ def invoke(*words):
     return done.exit_code, done.stdout, done.stderr
 
 
+def given(parameters):
+    "The words that set a notebook's parameters on the command line."
+    return [word for name, value in parameters.items() for word in ("-p", f"{name}={value}")]
+
+
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
     "The folder of one quickstart run at its fast size, by the command line, and what the command printed."

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from conftest import ROOT, kslottery
+from conftest import ROOT, given, kslottery
 
 
 def audited(folder, **parameters):
     status, said, error = kslottery(
         "run",
         "audit",
-        *[x for k, v in {**parameters, "out": folder / "run"}.items() for x in ("-p", f"{k}={v}")],
+        *given({**parameters, "out": folder / "run"}),
         cwd=folder,
     )
     assert status == 0, error

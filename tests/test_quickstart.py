@@ -15,7 +15,7 @@ import sacrebleu
 import torch
 from peft import PeftModel
 
-from conftest import DATA, ROOT, kslottery
+from conftest import DATA, ROOT, given, kslottery
 from kslottery.babel import build_world
 from kslottery.core import load_model
 from kslottery.data import load_pairs
@@ -288,7 +288,7 @@ def test_arms_by_choice(tmp_path):
     "One row asked for and one arm, which is the same row: it is not tuned again, and nothing else is."
     settings = dict(fast="true", epochs=1, train_limit=60, test_limit=6, max_new_tokens=20, top_k=1, arms="one")
     settings["out"] = tmp_path / "r"
-    status, said, error = kslottery("run", "quickstart", *[x for k, v in settings.items() for x in ("-p", f"{k}={v}")])
+    status, said, error = kslottery("run", "quickstart", *given(settings))
     assert status == 0, error
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     jsonschema.validate(results, SCHEMA)
@@ -333,7 +333,7 @@ def test_a_model_of_16_bits(tmp_path):
         max_new_tokens=20,
         top_k=2,
     )
-    status, said, error = kslottery("run", "quickstart", *[x for k, v in settings.items() for x in ("-p", f"{k}={v}")])
+    status, said, error = kslottery("run", "quickstart", *given(settings))
     assert status == 0, error
     assert Ticket.load(tmp_path / "r" / "ticket").provenance.dtype == "bfloat16"
 
@@ -367,7 +367,7 @@ def test_real_text_in_a_minute(tmp_path):
         max_new_tokens=30,
         top_k=5,
     )
-    status, said, error = kslottery("run", "quickstart", *[x for k, v in settings.items() for x in ("-p", f"{k}={v}")])
+    status, said, error = kslottery("run", "quickstart", *given(settings))
     assert status == 0, error
     results = json.loads((tmp_path / "q" / "results.json").read_text())
     jsonschema.validate(results, SCHEMA)

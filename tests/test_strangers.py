@@ -20,7 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from conftest import invoke
+from conftest import given, invoke
 from kslottery.data import Pair, Prompt, encode_all, token_text
 from kslottery.rows import is_tied
 from kslottery.ticket import Ticket
@@ -121,7 +121,7 @@ def chain(folder, made, settings, form):
     run |= {"out": folder / "run", "fast": True, "epochs": 1, "max_new_tokens": 6, "batch_size": 10} | settings
     ticket, said = folder / "run" / "ticket", {}
     for words in (
-        ("run", "quickstart", *itertools.chain(*(("-p", f"{name}={value}") for name, value in run.items()))),
+        ("run", "quickstart", *given(run)),
         ("audit", ticket, "--fast", "--samples", 50),
         ("certify", ticket, "--calibration", folder / "fresh.tsv", "--epsilon", 0.5, "--delta", 0.2),
         ("merge", ticket, "--out", folder / "merged"),
@@ -243,6 +243,5 @@ def test_other_tutorials(tutorial, made, tmp_path):
         "reproduce": {"epochs_embed": 1, "epochs_partial": 1, "sizes": "1,2", "samples": 50},
         "tasks": {"train": f"{train},{train_b}", "test": f"{test},{test_b}", "epochs": 1},
     }[tutorial]
-    words = itertools.chain(*(("-p", f"{name}={value}") for name, value in settings.items()))
-    status, _, error = invoke("run", tutorial, *words)
+    status, _, error = invoke("run", tutorial, *given(settings))
     assert status == 0 and "Traceback" not in error, error[-2000:]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from conftest import kslottery
+from conftest import given, kslottery
 from kslottery.babel import make_task
 
 
@@ -25,9 +25,7 @@ def run(tmp_path_factory):
         for split in ("train", "test")
     }
     settings = dict(fast="true", epochs=1, top_k=3, max_new_tokens=12, seed=0, out=room / "run", **files)
-    status, said, error = kslottery(
-        "run", "tasks", *[x for k, v in settings.items() for x in ("-p", f"{k}={v}")], cwd=room
-    )
+    status, said, error = kslottery("run", "tasks", *given(settings), cwd=room)
     assert status == 0, error
     return room, said, json.loads((room / "run" / "results.json").read_text())
 
