@@ -1,12 +1,29 @@
 """Files that appear whole, bars that a person sees, and where a model came from."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import TOY, tiny_model
-from kslottery.core import bar_label, load_model, progress_bar, source_of, whole_file, whole_folder, write_json
+from kslottery.core import (
+    bar_label,
+    find_device,
+    load_config,
+    load_model,
+    progress_bar,
+    read_json,
+    readable_file,
+    settle,
+    source_of,
+    whole_file,
+    whole_files,
+    whole_folder,
+    write_json,
+)
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
@@ -62,3 +79,180 @@ def test_a_folder_that_is_no_checkpoint_gets_one_sentence(tmp_path, missing, wor
     with pytest.raises(FileNotFoundError, match=words) as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# What is hostile: other writers, kills, links, full disks
+
+
+def hidden_in(folder):
+    return [path.name for path in folder.rglob(".*")]
+
+
+def dies_in(writer):
+    "In a fork that `kill -9` ends where the block would."
+    if (child := os.fork()) == 0:
+        with writer as place:
+            for name in "ab":
+                (place / name if place.is_dir() else place).write_text("new")
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+
+
+def test_what_appears_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(FileExistsError, match="meanwhile") as caught, whole_folder(tmp_path / "t", bool) as work:
+        (work / "mine").touch()
+        (tmp_path / "t").mkdir()
+        (tmp_path / "t" / "theirs").touch()
+    assert os.listdir(tmp_path / "t") == ["theirs"] and not hidden_in(tmp_path) and "Errno" not in str(caught.value)
+
+
+def test_of_two_that_replace_one_folder_the_later_is_refused(tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "old").touch()
+    with pytest.raises(FileExistsError, match="meanwhile"), whole_folder(tmp_path / "t", bool) as slow:
+        (slow / "slow").touch()
+        with whole_folder(tmp_path / "t", bool) as fast:
+            (fast / "fast").touch()
+    assert os.listdir(tmp_path / "t") == ["fast"] and not hidden_in(tmp_path)
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    with whole_file(tmp_path / "f") as one, whole_file(tmp_path / "f") as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert one != two and (tmp_path / "f").read_text() == "one" and not hidden_in(tmp_path)
+
+
+def test_links_stay_links_and_planted_ones_are_not_followed(tmp_path):
+    (tmp_path / "true").mkdir()
+    (tmp_path / "link").symlink_to("true")
+    (tmp_path / "secret").write_text("kept")
+    (tmp_path / ".f.part").symlink_to("secret")
+    (tmp_path / "f").symlink_to("true/f")
+    with whole_folder(tmp_path / "link", bool) as work:
+        (work / "a").touch()
+    write_json(tmp_path / "f", [])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "f").is_symlink()
+    assert sorted(os.listdir(tmp_path / "true")) == ["a", "f"] and (tmp_path / "secret").read_text() == "kept"
+
+
+def test_the_next_use_tidies_up_after_a_kill(tmp_path):
+    (tmp_path / "t").mkdir()
+    for writer in (whole_folder(tmp_path / "t", bool), whole_file(tmp_path / "f"), whole_files(tmp_path / "t")):
+        dies_in(writer)
+    assert len(hidden_in(tmp_path)) == 3 and os.listdir(tmp_path / "t")[0].endswith(".kslottery")
+    settle(tmp_path / "t")
+    write_json(tmp_path / "f", [])
+    assert hidden_in(tmp_path) == [] == os.listdir(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "writer, rename, found",
+    [  # before the second of two renames: of the folder, or of the files of a change
+        (lambda folder: whole_folder(folder, bool), "rename", {"a": "old", "b": "old"}),
+        (whole_files, "replace", {"a": "new", "b": "new"}),
+    ],
+)
+def test_what_a_kill_left_half_done_is_undone_or_carried_through(tmp_path, writer, rename, found):
+    folder, real, left = tmp_path / "t", getattr(os, rename), [2]
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_text("old")
+
+    def step(*names):
+        left[0] -= 1
+        return real(*names) if left[0] else os.kill(os.getpid(), 9)
+
+    if (child := os.fork()) == 0:
+        with writer(folder) as work:
+            for name in "ab":
+                (work / name).write_text("new")
+            setattr(os, rename, step)
+    os.waitpid(child, 0)
+    assert hidden_in(tmp_path) and {p.name: p.read_text() for p in folder.glob("?")} != found
+    settle(folder)
+    assert not hidden_in(tmp_path) and {p.name: p.read_text() for p in folder.iterdir()} == found
+
+
+def test_a_living_writer_is_not_tidied_up(tmp_path):
+    with whole_file(tmp_path / "f") as part:
+        part.write_text("whole")
+        settle(tmp_path / "f")
+    assert (tmp_path / "f").read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x/.."])
+def test_the_place_itself_is_not_replaced(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="name a folder in it"), whole_folder(name, bool):
+        pass
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, RuntimeError("I/O error: No space left on device (os error 28)")])
+def test_a_full_disk_is_said_with_path_and_need(tmp_path, error):
+    for writer in (whole_file(tmp_path / "out"), whole_folder(tmp_path / "out", bool), whole_files(tmp_path)):
+        with pytest.raises(OSError, match=f"^{tmp_path}.* needs more than [0-9.,]+ MB, .* full .*free some"), writer:
+            raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("bad", ["x" * 300, "file/under", "\0", "\ud800", "~nobody-of-this-name/x", "missing"])
+def test_a_path_that_cannot_be_read_gets_one_sentence(tmp_path, monkeypatch, bad):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(FileNotFoundError, match="check how it is written|write the path out") as caught:
+        readable_file(bad)
+    assert str(caught.value).isprintable() and "Errno" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match="is a (folder|pipe or a device): name a file"):
+            read_json(path, dict)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"null", b'{"a": ' * 5000, b"", b"\xff\xfe"])
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path, name, content):
+    tiny_model("llama").save_pretrained(tmp_path)
+    TOY.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    try:
+        load_model(tmp_path, device="cpu")
+    except (ValueError, FileNotFoundError) as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error) and len(str(error)) < 800
+
+
+def test_a_model_is_not_completed_by_random_numbers(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    TOY.save_pretrained(tmp_path)
+    weights = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if "mlp.up_proj" not in n}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 of its tensors .*up_proj"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_code_of_a_checkpoint_is_named_not_run(tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path)
+    TOY.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *a: "y")
+    with pytest.raises(ValueError, match="Python code of its own, which is never run"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="Python code of its own, which is never run"):
+        load_config(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "x", "", "cpu:x"])
+def test_a_device_that_is_not_here_is_refused(name):
+    with pytest.raises(ValueError, match="choose auto, cpu"):
+        find_device(name)
