@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['CRITERIA', 'map_rows', 'ks_statistic', 'ks_pvalue', 'critical_value', 'Scan', 'ks_scan', 'scan_rows',
-           'equal_move_null']
+__all__ = ['CRITERIA', 'map_rows', 'ks_statistic', 'ks_pvalue', 'critical_value', 'checked_counts', 'Scan', 'ks_scan',
+           'scan_rows', 'equal_move_null']
 
 # %% ../nbs/02_ks.ipynb #eacaf62f
 def _walk_numpy(before, after):
@@ -174,8 +174,8 @@ def _check_pair(before, after, round):
     shape, other = tuple(before.shape), tuple(after.shape)
     must(shape == other, f"before has shape {shape} and after {other}: compare the same matrix of two checkpoints")
     must(
-        len(shape) == 2 and shape[1] > 0,
-        f"the scan needs a (rows, columns) matrix, not shape {shape}: reshape it first",
+        len(shape) == 2 and 0 not in shape,
+        f"the scan needs a (rows, columns) matrix that is not empty, not shape {shape}: reshape it first",
     )
     names = [str(matrix.dtype).removeprefix("torch.") for matrix in (before, after)]
     if odd := next((name for name in names if name not in _BITS), None):
@@ -217,14 +217,12 @@ def map_rows(
     Raises
     ------
     ValueError
-        If the shapes or the dtypes differ, a row is empty or holds NaN.
+        If the shapes or the dtypes differ, there are no rows, or one is empty or holds NaN.
     TypeError
         If the values are not floating point.
     """
     round_to = _check_pair(before, after, round)
     V, d = before.shape
-    if not V:
-        return np.zeros(0)
     size = max(1, min(2**19 // d, -(-V // 8)))
 
     def work(start):
@@ -253,13 +251,23 @@ def _moved_only(walk, a, b):
     return k
 
 
-def _statistic(before, after, need, engine, round, progress, device):
-    # k = d * D of every row; any number below `need` where it is smaller than that.
-    if device == "auto":
+def _place(device, matrix):
+    # The name of the device to compute on, which has been tried.
+    if (device := str(device or getattr(matrix, "device", "cpu"))) != "cpu":
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = str(device or getattr(before, "device", "cpu"))
+        device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.zeros(1, device=device).cpu()
+        except Exception as error:  # each device has its own way to be missing
+            why = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise ValueError(f"device is {device!r}, which cannot compute ({why:.200}): choose auto or cpu") from None
+    return device
+
+
+def _statistic(before, after, need, engine, round, progress, device):
+    # k = d * D of every row; any number below `need` where it is smaller than that.
+    device = _place(device, before)
     if engine == "auto":
         engine = "torch" if device != "cpu" else "binned" if _compiled() else "plain"
     engines = {
@@ -409,6 +417,39 @@ def critical_value(alpha: float, d: int, method: str = "exact") -> float:
     k = bisect_left(range(d + 1), True, key=lambda k: _tail(k, d) < alpha)  # p falls with k: halve the interval
     return k / d if k <= d else math.inf
 
+# %% ../nbs/02_ks.ipynb #c0a7b512
+def checked_counts(counts: Any, V: int) -> np.ndarray:
+    """Check how often the tokens of a vocabulary occur.
+
+    Parameters
+    ----------
+    counts : array_like of shape (V,), integers
+        A number for each row.
+    V : int
+        How many rows there are.
+
+    Returns
+    -------
+    ndarray of shape (V,), int64
+        The same numbers.
+
+    Raises
+    ------
+    ValueError
+        Unless they are V whole numbers, none of them below 0.
+    """
+    need = f"counts must hold a whole number, 0 or more, for each of the {V:,} rows (how often its token occurs)"
+    try:
+        found = np.asarray(counts)
+    except Exception:  # lists of several lengths, tensors of elsewhere
+        raise ValueError(f"{need}, not {type(counts).__name__} of uneven parts") from None
+    must(
+        found.shape == (V,) and found.dtype.kind in "iuf", f"{need}, not shape {found.shape} of type {found.dtype.name}"
+    )
+    odd = found[(found < 0) | (found >= 2.0**63) | (found != np.floor(found))]
+    must(not len(odd), f"{need}, not {odd[:1].tolist()}")
+    return found.astype(np.int64)
+
 # %% ../nbs/02_ks.ipynb #7d1f0c3e
 def _shown(scan, form):
     # A sentence and the best rows, in text (form "string") or in HTML (form "html").
@@ -535,6 +576,11 @@ class Scan:
         -------
         DataFrame
             Best row first: `token`, `id`, `statistic`, `pvalue`, `count`, as far as they are known.
+
+        Raises
+        ------
+        ValueError
+            As `checked_counts`.
         """
         import pandas as pd
 
@@ -544,8 +590,9 @@ class Scan:
             from kslottery.data import token_text
 
             frame.insert(0, "token", token_text(tokenizer, ids.tolist()))
+        counts = None if counts is None else checked_counts(counts, len(self.statistic))
         known = {"pvalue": self.pvalue, "count": counts}
-        return frame.assign(**{name: np.asarray(x)[ids] for name, x in known.items() if x is not None})
+        return frame.assign(**{name: x[ids] for name, x in known.items() if x is not None})
 
     __repr__ = partialmethod(_shown, "string")
     _repr_html_ = partialmethod(_shown, "html")
@@ -679,7 +726,7 @@ def scan_rows(
     Raises
     ------
     ValueError
-        As `ks_scan`, and for an unknown criterion, missing counts or a share outside (0, 1).
+        As `ks_scan` and `checked_counts`, and for an unknown criterion, missing counts or a share outside (0, 1).
     TypeError
         If the values are not floating point.
 
@@ -689,16 +736,16 @@ def scan_rows(
     distances and a sign test as in any textbook.
     """
     one_of("criterion", criterion, CRITERIA)
-    V, d, given = before.shape[0], int(before.shape[1]), 0 if counts is None else len(counts)
-    must(
-        given == V or (counts is None and criterion != "frequency"),
-        f"frequency needs counts, one for each of the {V:,} rows, not {given:,}",
-    )
+    must(counts is not None or criterion != "frequency", "frequency needs counts (--counts), one for each row")
+    _check_pair(before, after, round)
+    _place(device, before)
+    V, d = map(int, before.shape)
+    counts = counts if counts is None else checked_counts(counts, V)
     must(0 < lota_share < 1, f"lota_share is {lota_share}: it must lie strictly between 0 and 1, for example 0.1")
     if criterion == "ks":
         return ks_scan(before, after, round=round, device=device, progress=progress)
     if criterion == "frequency":
-        return Scan(np.asarray(counts, dtype=np.float64), None, d, criterion)
+        return Scan(counts.astype(np.float64), None, d, criterion)
     options: dict[str, Any] = {"round": round, "progress": f"{criterion} scan" if progress is True else progress}
     if criterion == "sign":
         return _sign_scan(before, after, options)
@@ -740,8 +787,8 @@ def equal_move_null(before: Any, after: Any, seed: int = 0) -> Scan:
     shift = scan_rows(before, after, "l2").statistic
     active, d = np.flatnonzero(shift > 0), int(before.shape[1])
     rms = np.sqrt(np.mean(shift[active] ** 2) / d) if len(active) else 0.0
-    rng, statistic = np.random.default_rng(seed), np.zeros(len(shift))
-    for ids in np.array_split(active, max(1, len(active) * d // 2**22)):
+    rng, statistic, size = np.random.default_rng(seed), np.zeros(len(shift)), max(1, 2**22 // d)
+    for ids in (active[start : start + size] for start in range(0, len(active), size)):
         rows = _load(before, ids, None).astype(np.float64)
         statistic[ids] = ks_scan(rows, rows + rms * rng.standard_normal(rows.shape)).statistic
     return Scan(statistic, np.asarray(ks_pvalue(statistic, d)), d, "equal-move null")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .ks import Scan, critical_value
+from .ks import Scan, checked_counts, critical_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,9 +121,10 @@ def plot_scan(
     Raises
     ------
     ValueError
-        As `Scan.select` and `Scan.top`.
+        As `Scan.select`, `Scan.top` and `kslottery.ks.checked_counts`.
     """
-    counts, V = np.asarray(counts), len(scan.statistic)
+    V = len(scan.statistic)
+    counts = checked_counts(counts, V)
     ids = scan.top(top_k) if top_k else scan.select(alpha, correction)
     ax, won, seen = _axes(ax, 7.5, 4.2), np.isin(np.arange(V), ids), counts > 0
     label = f"ticket: {'the best ' if top_k else ''}{_in_rows(len(ids))}"
