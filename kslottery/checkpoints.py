@@ -6,15 +6,27 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from .core import bar_label, fingerprint, must, progress_bar
+from kslottery.core import (
+    bar_label,
+    fingerprint,
+    home_path,
+    load_tokenizer,
+    must,
+    plain,
+    progress_bar,
+    read_json,
+    readable_file,
+    sound,
+)
 from .data import token_text
 from .ks import Scan, critical_value, ks_scan, map_rows, scan_rows
 from .plots import plot_layers, plot_pvalues, plot_rank, plot_scan, png
@@ -43,14 +55,39 @@ class _Slices:  # of a tensor in a safetensors file, read when asked for
     def __getitem__(self, rows):  # by a slice, or by an array of rows, which are picked out of the mapped file
         import torch
 
-        return self.piece[rows] if isinstance(rows, slice) else self.piece[:][torch.as_tensor(rows)]
+        if isinstance(rows, slice):
+            return self.piece[rows if self.shape else ...]
+        return self.piece[:][torch.as_tensor(rows)]
 
 
-def _files(source):
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+def _inside(name):  # whether a name in an index is that of a file in the index's folder
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not Path(name).anchor
+        and ".." not in Path(name).parts
+    )
+
+
+def _shards(folder):
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not os.path.lexists(index):
+        return [whole] if os.path.lexists(whole) else sorted(folder.glob("[!.]*.safetensors"))
+    named = read_json(index, dict, "copy the checkpoint again").get("weight_map")
+    must(isinstance(named, dict) and named, f"{index} is damaged (its weight_map names no file): copy it again")
+    odd = [name for name in named.values() if not _inside(name)]
+    must(not odd, f"{index} names {odd[:1]}: only safetensors files inside its folder are read")
+    files = sorted({folder / name for name in named.values()})
+    lost = [file.name for file in files if not os.path.exists(file)]
+    must(not lost, f"{folder} lacks {lost[:1]}, which its index names: is the copy complete?", FileNotFoundError)
+    return files
+
+
+def _files(source):  # of a checkpoint, and the folder they lie in
+    path = home_path(source)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        return path.parent, [readable_file(path)]
+    if not os.path.isdir(path):
         from huggingface_hub import snapshot_download
 
         must(
@@ -63,18 +100,12 @@ def _files(source):
         try:  # without pickled weights
             path = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", *_VOCABULARIES]))
         except Exception as error:
+            why = " ".join(str(error).split())[:120]
             raise FileNotFoundError(
-                f"{source} is neither a checkpoint here nor one that can be downloaded "
-                f"({str(error).splitlines()[0][:120]})"
+                plain(f"{source} is neither a checkpoint here nor one that can be downloaded ({why})")
             ) from error
-    index = path / "model.safetensors.index.json"
-    named = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
-    files = sorted({path / name for name in named} or path.glob("*.safetensors"))
-    lost = [file.name for file in files if not file.exists()]
-    must(
-        not lost, f"{path} lacks {', '.join(lost[:1])}, which its index names: is the copy complete?", FileNotFoundError
-    )
     must(not is_ticket(path), f"{path} is a ticket, not a checkpoint: write it into its model first (kslottery merge)")
+    files = _shards(path)
     must(
         not (path / "adapter_config.json").exists() or not all(file.name.startswith("adapter_") for file in files),
         f"{path} is a PEFT adapter, not a checkpoint: merge it into its base first (merge_and_unload in PEFT), "
@@ -85,9 +116,22 @@ def _files(source):
         f"{path} holds no safetensors file (pickled weights are not opened): convert it with save_pretrained",
         FileNotFoundError,
     )
-    return files
+    return path, [readable_file(file) for file in files]
 
 # %% ../nbs/12_checkpoints.ipynb #39923473
+def _configuration(path):  # what is read of it has the right type; what else it holds is the model's own affair
+    if not os.path.lexists(path):
+        return {}
+    file = readable_file(path)
+    with sound(path, "copy it again"):
+        stated = json.loads(file.read_text(encoding="utf-8"))
+        must(isinstance(stated, dict), f"it holds {type(stated).__name__}, not dict")
+        for name, kind in (("model_type", str), ("tie_word_embeddings", bool), ("architectures", list)):
+            must(isinstance(stated.get(name), kind | None), f"its {name} is {stated.get(name)!r:.60}")
+        must(all(isinstance(name, str) for name in stated.get("architectures") or ()), "its architectures are no names")
+        return stated
+
+
 class Checkpoint:
     """The tensors of a checkpoint, to be read in slices: `checkpoint[name]` has shape, dtype and row slices.
 
@@ -114,18 +158,22 @@ class Checkpoint:
     FileNotFoundError
         If there is no such checkpoint, or it holds pickled weights only.
     ValueError
-        If a file is damaged, or it is an adapter or a ticket.
+        If a file or the configuration is damaged, a tensor is there twice, an index names a file outside the folder,
+        or it is an adapter or a ticket.
     """
 
     def __init__(self, source: str | Path, tokenizer: str | Path | None = None):
-        self.source, self.named, self._where = str(source), tokenizer, {}
-        for file in (files := _files(self.source)):
-            try:
+        self.source, self.named = str(source), tokenizer
+        self._where: dict[str, Any] = {}
+        self.folder, files = _files(self.source)
+        for file in files:
+            with sound(file, "copy it again; what is no safetensors file (GGUF, a pickle) is to be converted into one"):
                 opened = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged or cut short ({error}): copy it again") from None
+            twice = sorted(self._where.keys() & {*opened.keys()})
+            must(not twice, f"{self.source} holds {twice[:1]} in {file.name} and once more: take one of the two away")
             self._where.update(dict.fromkeys(opened.keys(), opened))
-        self.folder, self.names = files[0].parent, sorted(self._where)
+        must(self._where, f"{self.source} holds no tensor: copy it again")
+        self.names, self._config = sorted(self._where), _configuration(self.folder / "config.json")
 
     def find(self, name: str) -> str | None:
         """Find another checkpoint's tensor, whose name may have a prefix more or less (`model.`).
@@ -166,14 +214,10 @@ class Checkpoint:
         )
         return found[0]
 
-    def _stated(self):
-        path = self.folder / "config.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
     @property
     def tied(self) -> bool:
         """Whether its configuration ties input and output embeddings; an older one leaves that to its architecture."""
-        stated = self._stated()
+        stated = self._config
         if (kind := stated.get("model_type")) and "tie_word_embeddings" not in stated:
             from transformers import CONFIG_MAPPING
 
@@ -186,21 +230,14 @@ class Checkpoint:
 
     @cached_property
     def _tokenizer(self):
-        place = Path(self.named or self.folder).expanduser()
-        place = place.parent if place.is_file() else place
+        place = home_path(self.named or self.folder)
+        place = place.parent if os.path.isfile(place) else place
         if not self.named and not any(any(place.glob(pattern)) for pattern in _VOCABULARIES):
             return None
-        from transformers import AutoTokenizer
-
-        path = str(place if place.is_dir() else self.named)
         try:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:  # the loaders have many ways to fail
-            said = " ".join(str(error).split())[:120] or type(error).__name__
-            raise ValueError(
-                f"the tokenizer of {self.named or self.source} cannot be read ({said}): "
-                "copy its files again; one of the base may be named by --tokenizer, a folder or a Hub id"
-            ) from None
+            return load_tokenizer(place if os.path.isdir(place) else str(self.named))
+        except ValueError as error:
+            raise ValueError(f"{error}; one of the base may be named by --tokenizer, a folder or a Hub id") from None
 
 # %% ../nbs/12_checkpoints.ipynb #047a764a
 def open_pair(base: Any, tuned: Any) -> tuple[Checkpoint, Checkpoint]:
@@ -491,7 +528,7 @@ def _table(scan, counts):
 def _places(checkpoint, name):  # the modules of an embedding, and of a tied output, as the model itself calls them
     import transformers
 
-    kind = getattr(transformers, (checkpoint._stated().get("architectures") or ["none"])[0], None)
+    kind = getattr(transformers, (checkpoint._config.get("architectures") or ["none"])[0], None)
     ties = {into: out for out, into in dict(getattr(kind, "_tied_weights_keys", None) or {}).items()}
     whole = next((n for n in ties if n == name or n.endswith(f".{name}")), name)
     output = ties[whole].removesuffix(".weight") if checkpoint.tied and whole in ties else None
@@ -576,7 +613,7 @@ class TensorScan(NamedTuple):
 
 
 def _as_rows(x, per):  # a matrix stays where it is unless columns or the whole are asked for
-    if len(x.shape) == 1 or per == "tensor":
+    if len(x.shape) < 2 or per == "tensor":
         return x[:].reshape(1, -1)
     matrix = x[:].reshape(-1, x.shape[-1]) if len(x.shape) > 2 else x  # of a convolution, a stack of experts
     return matrix[:].T if per == "column" else matrix

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .core import bar_label, must, one_of, progress_bar
+from .core import bar_label, find_device, must, one_of, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -252,17 +252,12 @@ def _moved_only(walk, a, b):
 
 
 def _place(device, matrix):
-    # The name of the device to compute on, which has been tried.
-    if (device := str(device or getattr(matrix, "device", "cpu"))) != "cpu":
+    # The name of the device to compute on.
+    if (device := str(device or getattr(matrix, "device", "cpu"))) == "auto":
         import torch
 
-        device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.zeros(1, device=device).cpu()
-        except Exception as error:  # each device has its own way to be missing
-            why = f"{type(error).__name__}: {error}".split("\n")[0]
-            raise ValueError(f"device is {device!r}, which cannot compute ({why:.200}): choose auto or cpu") from None
-    return device
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device if device == "cpu" else str(find_device(device))
 
 
 def _statistic(before, after, need, engine, round, progress, device):
