@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -221,7 +222,8 @@ class Checkpoint:
         if (kind := stated.get("model_type")) and "tie_word_embeddings" not in stated:
             from transformers import CONFIG_MAPPING
 
-            stated = CONFIG_MAPPING[kind]().to_dict() if kind in CONFIG_MAPPING else {}
+            with suppress(Exception):  # unknown here, or of those that need more than defaults
+                stated = CONFIG_MAPPING[kind]().to_dict()
         return bool(stated.get("tie_word_embeddings"))
 
     def tokenizer(self) -> Any:
