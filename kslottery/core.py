@@ -779,6 +779,8 @@ def _load(loader: Any, what: str, name: str | Path, revision: str | None, needed
     path = str(folder) if (local := folder.is_dir()) else str(name)
     for patterns, lack in needed:
         must(not local or any(any(folder.glob(p)) for p in patterns), f"{name} {lack}", FileNotFoundError)
+    for file in folder.iterdir() if local else ():
+        must(not file.is_fifo(), f"{file} is a pipe, which may never end: put a file there")
     try:
         with quiet_transformers():
             return loader.from_pretrained(path, revision=revision, trust_remote_code=False, **more)
@@ -871,8 +873,10 @@ def find_device(name: str) -> Any:
 
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        return torch.empty(0, device=(here or "cpu") if name == "auto" else name).device
-    except (RuntimeError, AssertionError, TypeError):  # how torch says that there is none depends on the kind
+        tried = torch.zeros(1, device=(here or "cpu") if name == "auto" else name)
+        tried.cpu()  # "meta" takes numbers and gives none back
+        return tried.device
+    except Exception:  # how torch says that there is none depends on the kind
         known = ", ".join(dict.fromkeys(["auto", "cpu", *([str(here)] if here else [])]))
         raise ValueError(plain(f"device is {name!r}, which is not here: choose {known}")) from None
 
