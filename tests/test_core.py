@@ -252,7 +252,15 @@ def test_code_of_a_checkpoint_is_named_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "x", "", "cpu:x"])
+def test_a_pipe_in_a_checkpoint_is_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    os.mkfifo(tmp_path / "tokenizer.json")
+    for load in (load_config, load_model):
+        with pytest.raises(ValueError, match="tokenizer.json is a pipe"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "x", "", "cpu:x", "meta", "hpu"])
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(ValueError, match="choose auto, cpu"):
         find_device(name)
