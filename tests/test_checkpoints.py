@@ -586,6 +586,171 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(pair):
     assert status == 2 and "something else" in error and Checkpoint(pair / "base").names
 
 
+def crafted(path, kind, shape, size):
+    "A safetensors file of one tensor, of any dtype and shape."
+    name = "model.embed_tokens.weight"
+    header = json.dumps({name: {"dtype": kind, "shape": shape, "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+
+
+INDEX = "model.safetensors.index.json"
+ROWS = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    "whole, sentence",
+    [
+        ("{}", "its weight_map names no file"),
+        ("[]", "holds list, not dict"),
+        ("{", "is damaged"),
+        ('{"a":' * 100_000, "is damaged"),
+        ("\xff", "is damaged"),
+        ('{"weight_map": null}', "names no file"),
+        ('{"weight_map": {}}', "names no file"),
+        *(
+            (json.dumps({"weight_map": {ROWS: name}}), "only safetensors files inside its folder")
+            for name in (
+                "../tuned/model.safetensors",
+                "sub/../../x.safetensors",
+                "/etc/passwd",
+                "config.json",
+                "",
+                ["a"],
+            )
+        ),
+        (json.dumps({"weight_map": {ROWS: None}}), "only safetensors files inside its folder"),
+        (json.dumps({"weight_map": {ROWS: "x\0y.safetensors"}}), "lacks .* is the copy complete"),
+        (json.dumps({"weight_map": {ROWS: "away.safetensors"}}), "lacks .*away.* is the copy complete"),
+        (json.dumps({"weight_map": {ROWS: "pipe.safetensors"}}), "is a pipe"),
+    ],
+)
+def test_an_index_names_files_in_its_folder(tmp_path, whole, sentence):
+    base = embedding(tmp_path / "base", torch.ones(4, 8))
+    embedding(tmp_path / "b", torch.ones(4, 8))
+    (base / INDEX).write_bytes(whole.encode("latin-1"))
+    os.mkfifo(base / "pipe.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        Checkpoint(base)
+
+
+def test_the_files_of_an_index_may_be_links_out_of_the_folder_as_in_the_cache_of_the_hub(pair):
+    TOY.save_pretrained(pair / "base")
+    save(tiny_model("llama", hidden=64), pair / "shards", max_shard_size="40KB")
+    blobs, snapshot = pair / "blobs", pair / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for file in (*(pair / "shards").iterdir(), *(pair / "base").glob("tokenizer*")):
+        file.rename(blobs / file.name[::-1])
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name[::-1]}")
+    scan = scan_checkpoints(snapshot, pair / "tuned")
+    assert sorted(scan.select(0.05)) == [5, 9] and scan.base.folder == snapshot and scan.tokenizer() is not None
+    deep = json.loads((snapshot / INDEX).read_text())["weight_map"]  # a folder in the folder is no way out
+    (snapshot / "sub").mkdir()
+    for name in set(deep.values()):
+        (snapshot / name).rename(snapshot / "sub" / name)
+        (snapshot / "sub" / name).unlink()
+        (snapshot / "sub" / name).symlink_to(f"../../../blobs/{name[::-1]}")
+    (snapshot / INDEX).unlink()
+    (snapshot / INDEX).write_text(json.dumps({"weight_map": {k: f"sub/{v}" for k, v in deep.items()}}))
+    assert Checkpoint(snapshot).folder == snapshot and Checkpoint(snapshot).names == scan.base.names
+
+
+@pytest.mark.parametrize(
+    "file, whole, sentence",
+    [
+        ("config.json", "[]", "holds list, not dict"),
+        ("config.json", "{", "config.json is damaged"),
+        ("config.json", "[" * 100_000, "config.json is damaged"),
+        ("config.json", '{"model_type": ["llama"]}', "its model_type is"),
+        ("config.json", '{"tie_word_embeddings": "no"}', "its tie_word_embeddings is 'no'"),
+        ("config.json", '{"architectures": [1]}', "architectures are no names"),
+        ("config.json", "\xff", "config.json is damaged"),
+        ("tokenizer.json", "{}", "tokenizer of .* cannot be loaded"),
+        ("model.safetensors", "", "model.safetensors is damaged"),
+        ("model.safetensors", "GGUF\3\0\0\0" * 50, "GGUF, a pickle"),
+        ("model.safetensors", "\xff" * 8, "is damaged"),
+        ("model.safetensors", "\2\0\0\0\0\0\0\0{}", "holds no tensor"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_before_the_work(tmp_path, file, whole, sentence, monkeypatch):
+    base, tuned = (embedding(tmp_path / name, torch.ones(4, 8)) for name in ("base", "tuned"))
+    (base / file).write_bytes(whole.encode("latin-1"))
+    monkeypatch.setattr("kslottery.checkpoints.scan_rows", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        scan_checkpoints(base, tuned)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
+
+
+@pytest.mark.parametrize(
+    "kind, shape, size, sentence",
+    [
+        ("F32", [0, 16], 0, r"not shape \(0, 16\)"),
+        ("F32", [16, 0], 0, r"not shape \(16, 0\)"),
+        ("F32", [16], 64, "name a matrix"),
+        ("F32", [], 4, "name a matrix"),
+        ("F32", [2, 4, 2], 64, "name a matrix"),
+        ("F8_E4M3", [4, 4], 16, "floating-point rows, not F8_E4M3"),
+        ("F4", [4, 4], 8, "floating-point rows, not F4"),
+        ("I64", [2, 4], 64, "floating-point rows, not I64"),
+        ("I4", [4, 4], 8, "is damaged .*I4"),
+    ],
+)
+def test_shapes_and_dtypes_that_are_not_scanned(tmp_path, kind, shape, size, sentence):
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for file in files:
+        crafted(file, kind, shape, size)
+    for criterion in CRITERIA:
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            scan_checkpoints(
+                tmp_path / "a.safetensors", tmp_path / "b.safetensors", criterion=criterion, counts=[1] * 4
+            )
+    words = "scan", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--out", tmp_path / "t"
+    assert invoke(*words)[0] == 2 and not (tmp_path / "t").exists()
+
+
+def test_a_tensor_is_there_once(pair):
+    state = {name: Checkpoint(pair / "base")[name][:].clone() for name in Checkpoint(pair / "base").names}
+    for name, some in (("a", state), ("b", {ROWS: state[ROWS] + 1})):
+        save_file(some, pair / "base" / f"{name}.safetensors")
+    assert torch.equal(
+        Checkpoint(pair / "base")[ROWS][:], state[ROWS]
+    )  # as transformers reads it: the one of this name
+    (pair / "base" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds \['model.embed_tokens.weight'\] in b.safetensors and once more"):
+        Checkpoint(pair / "base")
+
+
+def test_a_number_is_scanned_with_all_the_others(pair):
+    for name in ("base", "tuned"):  # as CLIP keeps its scale
+        file = pair / name / "model.safetensors"
+        state = {n: Checkpoint(file)[n][:].clone() for n in Checkpoint(file).names}
+        save_file(state | {"scale": torch.tensor(float(name == "tuned"))}, file)
+    for per in ("row", "column", "tensor"):
+        scale = {s.name: s for s in scan_all(pair / "base", pair / "tuned", per=per)}["scale"]
+        assert (scale.rows, scale.changed, scale.moved) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "x", "meta", "hpu"])
+def test_a_device_that_is_not_here(pair, device):
+    for criterion in ("ks", "l2"):
+        words = "--device", device, "--criterion", criterion, "--top-k", "2", "--out", pair / "t"
+        status, _, error = invoke("scan", pair / "base", pair / "tuned", *words)
+        assert status == 2 and f"device is '{device}'" in error and not (pair / "t").exists()
+
+
+def test_a_configuration_may_leave_open_what_its_architecture_does(pair):
+    about = pair / "base" / "config.json"
+    for stated, tied in (
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "nougat"}, False),  # its defaults are not enough for it
+        ({"model_type": "unheard of", "limit": [0.0, float("inf")]}, False),  # some write an infinity
+        ({"model_type": None, "architectures": ["Unheard", "of"]}, False),
+    ):
+        about.write_text(json.dumps(stated))
+        assert scan_checkpoints(pair / "base", pair / "tuned").ticket().provenance.tied_embeddings is tied
+
+
 def test_ctrl_c_writes_nothing(tmp_path):
     weight = torch.randn(60_000, 1024).bfloat16()
     save_file({"model.embed_tokens.weight": weight}, tmp_path / "a.safetensors")

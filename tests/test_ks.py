@@ -18,6 +18,7 @@ from kslottery.ks import (
     CRITERIA,
     Scan,
     _compiled,
+    checked_counts,
     critical_value,
     equal_move_null,
     ks_pvalue,
@@ -25,6 +26,7 @@ from kslottery.ks import (
     ks_statistic,
     scan_rows,
 )
+from kslottery.plots import plot_scan
 from kslottery.rows import TunedRows
 
 
@@ -346,6 +348,59 @@ def test_bad_criteria():
     ):
         with pytest.raises(ValueError, match=words):
             scan_rows(x, x, **options)
+
+
+deep: list = []
+for _ in range(2000):
+    deep = [deep]
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [1, 2],
+        [[1], [2], [3]],
+        [1, [2], 3],
+        deep,
+        ["1", "2", "3"],
+        [1, 2, -1],
+        [1, 2, 0.5],
+        [1, 2, math.nan],
+        [1e300] * 3,
+    ]
+    + [[1, 2, 2**63], [10**400] * 3, [True] * 3, [None] * 3, {}, {"a": 1}, 5, "123", torch.ones(3, requires_grad=True)],
+)
+def test_counts_are_checked_in_one_place(counts):
+    scan, x = Scan(np.array([0.5, 0.9, 0.8]), np.array([0.01, 1e-9, 1e-5]), 64), np.ones((3, 64))
+    for use in (
+        lambda: scan_rows(x, x, "frequency", counts=counts),
+        lambda: scan_rows(x, x, "ks", counts=counts),
+        lambda: scan.to_frame(counts=counts),
+        lambda: plot_scan(scan, counts, {}),
+    ):
+        with pytest.raises(ValueError, match="whole number, 0 or more, for each of the 3 rows") as caught:
+            use()
+        assert len(str(caught.value)) < 300
+
+
+def test_counts_may_be_any_array_of_whole_numbers():
+    for counts in ([1.0, 0.0, 2.0], (1, 0, 2), np.array([1, 0, 2], np.uint8), torch.tensor([1, 0, 2])):
+        assert checked_counts(counts, 3).tolist() == [1, 0, 2]
+    assert checked_counts([2**62] * 2, 2).tolist() == [2**62] * 2
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0, 4), (4, 0), (2, 2, 2)])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_only_a_matrix_is_scanned(shape, criterion):
+    with pytest.raises(ValueError, match="needs a .rows, columns. matrix"):
+        scan_rows(np.zeros(shape), np.ones(shape), criterion, counts=[1] * 4)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "x", "meta"])
+def test_a_device_that_is_not_here(device):
+    for criterion in CRITERIA:
+        with pytest.raises(ValueError, match=f"device is '{device}'"):
+            scan_rows(np.zeros((3, 4)), np.ones((3, 4)), criterion, counts=[1, 2, 3], device=device)
 
 
 good = np.zeros((3, 4), np.float32)
