@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['LANGUAGE_NAMES', 'INSTRUCTION', 'TEMPLATES', 'Pair', 'Pairs', 'load_pairs', 'Role', 'Template', 'Prompt',
-           'language_names', 'Example', 'encode', 'encode_all', 'collate', 'token_counts', 'seen_before', 'token_text']
+           'language_names', 'Example', 'encode', 'encode_all', 'collate', 'token_counts', 'seen_before', 'read_lines',
+           'token_text']
 
 # %% ../nbs/01_data.ipynb #39f8f148
 import enum
 import gzip
 import itertools
 import json
+import os
 import re
+import sys
 import unicodedata
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from .core import fingerprint, must
+from .core import fingerprint, home_path, must, plain, readable_file, sound
 
 # %% ../nbs/01_data.ipynb #990a4c69
 class Pair(NamedTuple):
@@ -75,6 +79,7 @@ LANGUAGE_NAMES = {
     "fr": "French",
     "it": "Italian",
 }
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: no file can hold it
 # A cell that names a column: source, English, en, pt-BR, cat_Latn.
 _COLUMN = re.compile(
     rf"(?i:{'|'.join((*_SIDES, *_PROMPTED, *LANGUAGE_NAMES, *LANGUAGE_NAMES.values()))})"
@@ -84,7 +89,10 @@ _COLUMN = re.compile(
 
 def _codes(languages):
     codes = languages.split("-") if isinstance(languages, str) else ()
-    must(len(codes) == 2 and all(codes), f"languages is {languages!r}: write source-target, for example en-ca")
+    must(
+        len(codes) == 2 and all(codes) and languages.isprintable() and not re.search("[{}]", languages),
+        f"languages is {languages!r}: write source-target, for example en-ca",
+    )
     return tuple(codes)
 
 
@@ -97,51 +105,71 @@ def _columns_to_read(fields, codes, where):
 
     chat = any(isinstance(fields.get(name), list | dict) for name in _PROMPTED)
     raise ValueError(
-        f"{where} has the fields {', '.join(map(str, fields))}: expected texts under "
+        f"{where} has the fields {plain(', '.join(map(str, fields)), 200)}: expected texts under "
         f"{', or '.join(dict.fromkeys(' and '.join(pair) for pair in (codes, _SIDES, _PROMPTED) if pair))}"
         f"{'' if codes else ', or two beside id (choose with languages)'}"
         f"{', and no list: write chat messages out with the chat template of the tokenizer' if chat else ''}"
     )
 
 # %% ../nbs/01_data.ipynb #fbd10dba
+_LONGEST, _UNPACKED, _FACTOR = 2**20, 2**24, 100  # bytes of a line; of a packed file, or so many times its size
+
+
 def _lines(path):
-    try:  # a spreadsheet may begin its files with a mark
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as f:
-            return f.read().removesuffix("\n").split("\n") if path.stat().st_size else []
-    except (FileNotFoundError, IsADirectoryError):
-        raise FileNotFoundError(f"{path} does not exist: check the path") from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    file, read = readable_file(path), 0
+    most, number = max(_UNPACKED, _FACTOR * file.stat().st_size), 1
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+            while line := stream.readline(_LONGEST + 1):
+                must(len(line) <= _LONGEST, f"line {number} of {path} has more than {_LONGEST:,} bytes: is it text?")
+                must((read := read + len(line)) <= most, f"{path} unpacks to more than {most:,} bytes: is it text?")
+                text = line.decode("utf-8" if number > 1 else "utf-8-sig")  # a spreadsheet may begin with a mark
+                text = text.removesuffix("\n").removesuffix("\r")
+                must(
+                    "\0" not in text and "\r" not in text,
+                    f"line {number} of {path} holds a NUL or a carriage return: save it as UTF-8, with Unix line ends",
+                )
+                yield text
+                number += 1
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise ValueError(
-            f"{path} cannot be read as UTF-8 text ({error}): is it complete, and in the right encoding?"
+            plain(
+                f"line {number} of {path} cannot be read as UTF-8 text ({error}): "
+                "is the file complete, and in the right encoding?"
+            )
         ) from None
 
 
 def _json_records(path):
     for number, line in enumerate(_lines(path), 1):
         try:
-            yield number, dict(json.loads(line))
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"line {number} of {path} is not a JSON object: write one on each line (was the file cut short?)"
-            ) from None
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        must(
+            isinstance(found, dict),
+            f"line {number} of {path} is not a JSON object: write one on each line (was the file cut short?)",
+        )
+        yield number, found
 
 
 def _tsv_records(path, codes):
-    rows = [line.removesuffix("\r").split("\t") for line in _lines(path)]
-    head = rows[0] if rows else []
+    rows = (line.split("\t") for line in _lines(path))
+    head: list[str] = next(rows, [])
     named = {cell in codes or bool(_COLUMN.fullmatch(cell)) for cell in head}
     must(
         len(head) != 2 or len(named) == 1,  # no column's name beside a word
         f"{path} has the columns {', '.join(head)}: expected a header with {' and '.join(codes or _SIDES)}, "
         "or two columns and no header",
     )
-    first, head = (1, _SIDES) if len(head) == 2 and named == {False} else (2, head)
-    for number, row in enumerate(rows[first - 1 :], first):
+    bare = len(head) == 2 and named == {False}
+    again, names = ([head], _SIDES) if bare else ([], head)
+    for number, row in enumerate(itertools.chain(again, rows), 1 if bare else 2):
         must(
-            len(row) == len(head),
-            f"line {number} of {path} has {len(row)} columns and the first line {len(head)}: mend or remove it",
+            len(row) == len(names),
+            f"line {number} of {path} has {len(row)} columns and the first line {len(names)}: mend or remove it",
         )
-        yield number, dict(zip(head, row))
+        yield number, dict(zip(names, row))
 
 
 def _hub_records(spec):
@@ -152,27 +180,40 @@ def _hub_records(spec):
         return load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the Hub has many ways to say no
         raise FileNotFoundError(
-            f"{spec} is neither a file here nor a data set that can be loaded ({str(error).splitlines()[0][:120]})"
+            f"{spec} is neither a file here nor a data set that can be loaded ({plain(str(error), 160)})"
         ) from error
 
 # %% ../nbs/01_data.ipynb #1aaf5977
+_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[^:]*){0,2}")  # owner/name:config:split
+
+
+def _files(data):  # a comma joins two, or stands in the name of one that is there
+    if not isinstance(data, str | Path):
+        return [str(name) for name in data]
+    text = str(data)
+    ways = ([text], *([text[: cut.start()], text[cut.end() :]] for cut in re.finditer(",", text)))
+    there = (way for way in ways if all(os.path.exists(os.path.expanduser(name)) for name in way))
+    return next(there, text.split(","))
+
+
 def _records(files, codes):
     if len(files) == 2:
-        sources, targets = map(_lines, files)
+        sources, targets = (list(_lines(file)) for file in files)
         must(
             len(sources) == len(targets),
             f"{files[0]} has {len(sources)} lines and {files[1]} {len(targets)}: aligned files need the same number",
         )
         return enumerate((dict(zip(_SIDES, lines)) for lines in zip(sources, targets)), 1)
-    path, kind = files[0], re.search(r"\.(jsonl|tsv)(\.gz)?$", files[0].name)
+    kind = re.search(r"\.(jsonl|tsv)(\.gz)?$", "".join(map(str, files)))
     must(
-        len(files) == 1 and (kind or not path.is_file()),
+        len(files) == 1 and (kind or not os.path.lexists(files[0])),
         f"{', '.join(map(str, files))} is neither .jsonl nor .tsv: "
         "name one such file, or two aligned text files (source,target)",
     )
     if kind:
-        return _json_records(path) if kind[1] == "jsonl" else _tsv_records(path, codes)
-    return enumerate(_hub_records(str(path)), 1)
+        return _json_records(files[0]) if kind[1] == "jsonl" else _tsv_records(files[0], codes)
+    spec = str(files[0] if _HUB.fullmatch(str(files[0])) else readable_file(files[0]))
+    return enumerate(_hub_records(spec), 1)
 
 
 def load_pairs(
@@ -189,6 +230,7 @@ def load_pairs(
     data : str, Path or sequence of two
         A path to .jsonl or .tsv (either may end in .gz); two aligned text files, as a sequence or joined by a comma;
         or a Hugging Face dataset as "name", "name:config" or "name:config:split" (split "train" unless given).
+        Text is UTF-8, a line at most a megabyte, and a packed file no more than a hundred times its size.
     languages : str, optional
         "source-target" codes, for example "en-ca": the names of the columns.
     limit : int, optional
@@ -204,20 +246,26 @@ def load_pairs(
     FileNotFoundError
         If a file is missing.
     ValueError
-        If a file is empty, misaligned or has no such columns, a pair has an empty side, or `limit` is below 1.
+        If a file is empty, misaligned, no text or has no such columns, a pair has an empty side, or `limit` is below 1.
     """
     columns = _codes(languages) if languages is not None else ()
-    must(limit is None or limit >= 1, f"limit is {limit}: keep at least 1 pair, or give none to keep all")
-    names = str(data).split(",") if isinstance(data, str | Path) else [str(name) for name in data]
-    files = [Path(name).expanduser() for name in names]
-    label, unit = " and ".join(map(str, files)), "line" if files[0].is_file() else "record"
+    must(
+        limit is None or (isinstance(limit, int) and limit >= 1),
+        f"limit is {limit}: keep at least 1 pair, or give none to keep all",
+    )
+    names = _files(data)
+    files = [home_path(name) for name in names]
+    label, unit = " and ".join(map(str, files)), "line" if all(map(os.path.isfile, files)) else "record"
+    must(not _HALF.search(label), f"{label} has a name that is not UTF-8: rename it")
     pairs = Pairs()
     pairs.origin = {"data": ",".join(names), "languages": languages, "limit": limit}
-    for number, record in itertools.islice(_records(files, columns), limit):
-        where, fields = f"{unit} {number} of {label}", record.get("translation", record)
+    for number, record in itertools.islice(_records(files, columns), limit and min(limit, sys.maxsize)):
+        where, inner = f"{unit} {number} of {label}", record.get("translation")
+        fields = inner if isinstance(inner, dict) else record
         columns = _columns_to_read(fields, columns, where)  # what the first record has, all must have
         for name in columns:
             must(fields[name].strip(), f"{where} has an empty {name}: remove the pair")
+            must(not _HALF.search(fields[name]), f"{where} has half a character (a surrogate) in its {name}: mend it")
         pairs.append(
             Pair(
                 f"{files[0].name}:{number}",
@@ -256,6 +304,8 @@ class Template:
 
     Raises
     ------
+    TypeError
+        If a value has another type.
     ValueError
         If {source} or {target} does not occur exactly once, or if anything follows {target}.
     """
@@ -265,6 +315,12 @@ class Template:
     chat: bool = False
 
     def __post_init__(self) -> None:
+        must(
+            isinstance(self.name, str) and isinstance(self.text, str) and isinstance(self.chat, bool),
+            f"{self!r} is no template: its name and its text are texts, and chat is True or False",
+            TypeError,
+        )
+        must(not _HALF.search(self.name + self.text), f"template {self.name!r} holds half a character (a surrogate)")
         must(
             self.text.count("{source}") == 1 and self.text.find("{target}") == len(self.text) - len("{target}"),
             f"template {self.name!r} needs {{source}} exactly once, and {{target}} exactly once and at its end: "
@@ -288,10 +344,8 @@ class Template:
         """
         first, second = languages or ("", "")
         head, tail = (
-            self.text.replace("{source_language}", first)
-            .replace("{target_language}", second)
-            .removesuffix("{target}")
-            .split("{source}")
+            part.replace("{source_language}", first).replace("{target_language}", second)
+            for part in self.text.removesuffix("{target}").split("{source}")
         )
         return [(head, Role.HEAD), (source, Role.SOURCE), (tail, Role.TAIL), (target, Role.TARGET)]
 
@@ -357,6 +411,7 @@ class Prompt:
                 "or give a text with {source} and {target}",
             )
             template = TEMPLATES.get(template) or Template("custom", template.replace("\\n", "\n"))
+        must(isinstance(template, Template), f"template is {template!r}: give a name, a text or a Template", TypeError)
         self.__dict__.update(template=template, languages=languages)  # frozen for everybody else
         must(
             self.names or "_language}" not in template.text,
@@ -390,8 +445,14 @@ class Prompt:
         Returns
         -------
         Prompt
+
+        Raises
+        ------
+        ValueError
+            If it is no such record.
         """
-        return cls(Template(**record["template"]), record.get("languages"))
+        with sound("the prompt", "give what Prompt.as_dict gave"):
+            return cls(Template(**record["template"]), record.get("languages"))
 
 
 def language_names(languages: str) -> tuple[str, str]:
@@ -470,21 +531,22 @@ def _parts(tokenizer, prompt, pair):
         return prompt.template.parts(pair.source, pair.target, prompt.names)
 
     content = prompt.text.removesuffix("{target}")
-    marked, shown = tokenizer.apply_chat_template(
-        [
-            [{"role": "user", "content": content.replace("{source}", source)}]
-            for source in ("\ue000", pair.source)  # a private character, which no chat template knows
-        ],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    around = marked.split("\ue000")
-    found = re.findall(rf"(?s)\A{'(.*)'.join(map(re.escape, around))}\Z", shown)
+    with sound("the chat template of the tokenizer", "write another"):
+        marked, shown = tokenizer.apply_chat_template(
+            [
+                [{"role": "user", "content": content.replace("{source}", source)}]
+                for source in ("\ue000", pair.source)  # a private character, which no chat template knows
+            ],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    head, *tail = marked.split("\ue000")
+    source = shown[len(head) : len(shown) - len("".join(tail))]
     must(
-        len(around) == 2 and found,
+        len(tail) == 1 and shown == head + source + tail[0],
         f"the chat template does not show the message of {pair.id} once and as it is: write another",
     )
-    return [(around[0], Role.HEAD), (found[0], Role.SOURCE), (around[1], Role.TAIL), (pair.target, Role.TARGET)]
+    return [(head, Role.HEAD), (source, Role.SOURCE), (tail[0], Role.TAIL), (pair.target, Role.TARGET)]
 
 # %% ../nbs/01_data.ipynb #dd8dbc08
 def _refuse_what_cannot_be_encoded(tokenizer, prompt, pair):
@@ -507,6 +569,7 @@ def _refuse_what_cannot_be_encoded(tokenizer, prompt, pair):
             f"the tokenizer has no chat template, and the template {template.name!r} needs one: "
             "take another template, or set tokenizer.chat_template",
         ),
+        (not _HALF.search(pair.source + pair.target), f"{pair.id} holds half a character (a surrogate): mend it"),
         (not written, f"{pair.id} writes out the control token {', '.join(map(repr, written))}: remove it or the pair"),
     ):
         must(holds, sentence)
@@ -541,7 +604,7 @@ def encode(tokenizer: Any, prompt: Prompt, pair: Pair) -> Example:
     text, alone = "".join(part for part, _ in before), prompt.template.chat  # a chat template writes its own BOS
     ids, roles = _prompt_ids_and_roles(tokenizer, before, alone)
     joint = tokenizer(text + target, add_special_tokens=not alone)["input_ids"]
-    joint = joint[:-1] if joint[-1] == tokenizer.eos_token_id else joint
+    joint = joint[:-1] if joint[-1:] == [tokenizer.eos_token_id] else joint
     tail = joint[len(ids) :] if joint[: len(ids)] == ids else []
     tail = tail or tokenizer(text[len(text.rstrip(" ")) :] + target, add_special_tokens=False)["input_ids"]
     must(
@@ -669,6 +732,29 @@ def seen_before(pairs: Iterable[Pair], hashes: Iterable[str]) -> list[str]:
     """
     known = set(hashes)
     return [pair.id for pair in pairs if not known.isdisjoint((pair.hash, pair.loose))]
+
+# %% ../nbs/01_data.ipynb #d12b4169
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file in UTF-8, which may end in .gz.
+
+    Returns
+    -------
+    list of str
+        The lines without their ends.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no text file in UTF-8, or without end.
+    """
+    return list(_lines(path))
 
 # %% ../nbs/01_data.ipynb #19657199
 # The letters in which GPT-2's alphabet writes the bytes that cannot be printed; the others stand for themselves.
