@@ -105,10 +105,12 @@ def _columns_to_read(fields, codes, where):
 
     chat = any(isinstance(fields.get(name), list | dict) for name in _PROMPTED)
     raise ValueError(
-        f"{where} has the fields {plain(', '.join(map(str, fields)), 200)}: expected texts under "
-        f"{', or '.join(dict.fromkeys(' and '.join(pair) for pair in (codes, _SIDES, _PROMPTED) if pair))}"
-        f"{'' if codes else ', or two beside id (choose with languages)'}"
-        f"{', and no list: write chat messages out with the chat template of the tokenizer' if chat else ''}"
+        plain(
+            f"{where} has the fields {', '.join(fields)}: expected texts under "
+            f"{', or '.join(dict.fromkeys(' and '.join(pair) for pair in (codes, _SIDES, _PROMPTED) if pair))}"
+            f"{'' if codes else ', or two beside id (choose with languages)'}"
+            f"{', and no list: write chat messages out with the chat template of the tokenizer' if chat else ''}"
+        )
     )
 
 # %% ../nbs/01_data.ipynb #fbd10dba
@@ -121,15 +123,18 @@ def _lines(path):
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
             while line := stream.readline(_LONGEST + 1):
-                must(len(line) <= _LONGEST, f"line {number} of {path} has more than {_LONGEST:,} bytes: is it text?")
-                must((read := read + len(line)) <= most, f"{path} unpacks to more than {most:,} bytes: is it text?")
-                text = line.decode("utf-8" if number > 1 else "utf-8-sig")  # a spreadsheet may begin with a mark
-                text = text.removesuffix("\n").removesuffix("\r")
-                must(
-                    "\0" not in text and "\r" not in text,
-                    f"line {number} of {path} holds a NUL or a carriage return: save it as UTF-8, with Unix line ends",
-                )
-                yield text
+                read, text = read + len(line), line.rstrip(b"\r\n")
+                if fault := (
+                    f"has more than {_LONGEST:,} bytes: is it text?"
+                    if len(line) > _LONGEST
+                    else f"is past the {most:,} bytes that a text of its size unpacks to: is it text?"
+                    if read > most
+                    else "holds a NUL or a carriage return: save it as UTF-8, with Unix line ends"
+                    if b"\0" in text or b"\r" in text
+                    else ""
+                ):
+                    raise ValueError(plain(f"line {number} of {path} {fault}"))
+                yield text.decode("utf-8" if number > 1 else "utf-8-sig")  # a spreadsheet may begin with a mark
                 number += 1
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from kslottery.data import (
     encode,
     encode_all,
     load_pairs,
+    read_lines,
     seen_before,
     token_counts,
     token_text,
@@ -169,7 +171,7 @@ BAD = {
         ("cut.jsonl", ["line 2", "cut short"]),
         ("list.jsonl", ["line 1", "object"]),
         ("notes.txt", ["neither .jsonl nor .tsv"]),
-        ("missing.tsv", ["missing.tsv does not exist"]),
+        ("missing.tsv", ["missing.tsv cannot be found"]),
         ("a.en,b.ca", ["2 lines", "3"]),
     ],
 )
@@ -183,13 +185,119 @@ def test_bad_files_get_one_sentence(tmp_path, name, words):
     assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value)
 
 
-def test_a_truncated_gzip_and_other_encodings_are_refused(tmp_path):
-    whole = gzip.compress(b"en\tca\n" + b"good day\tbon dia\n" * 200)
-    (tmp_path / "cut.tsv.gz").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "latin.tsv").write_bytes("en\tca\nday\tmón\n".encode("latin-1"))
-    for name in ("cut.tsv.gz", "latin.tsv"):
-        with pytest.raises(ValueError, match=name):
-            load_pairs(tmp_path / name)
+TABLE = b"en\tca\n" + b"good day\tbon dia\n" * 200
+PACKED = gzip.compress(TABLE, mtime=0)
+
+
+@pytest.mark.parametrize(
+    "name, whole, words",
+    [
+        ("cut.tsv.gz", PACKED[: len(PACKED) // 2], "cannot be read as UTF-8 text .*complete"),
+        ("flipped.tsv.gz", PACKED[:20] + b"\xff\xff" + PACKED[22:], "line 1 of .* cannot be read"),
+        ("tail.tsv.gz", PACKED + b"junk", "line 202 of .* cannot be read"),
+        ("bare.tsv.gz", TABLE, "line 1 of .* cannot be read"),
+        ("packed.tsv", PACKED, "line 1 of .* cannot be read"),
+        ("latin.tsv", "en\tca\nday\tmón\n".encode("latin-1"), "line 2 of .* cannot be read"),
+        ("mark.tsv", TABLE.decode().encode("utf-16"), "line 1 of .* cannot be read"),
+        ("wide.tsv", TABLE.decode().encode("utf-16-le"), "line 1 of .* holds a NUL"),
+        ("nul.tsv", b"en\tca\nda\0y\tdia\n", "line 2 of .* holds a NUL"),
+        ("mac.tsv", TABLE.replace(b"\n", b"\r"), "line 1 of .* a carriage return"),
+        ("cr.tsv", b"en\tca\nda\ry\tdia\n", "line 2 of .* a carriage return"),
+        ("bomb.tsv.gz", gzip.compress(b"en\tca\n" + b"x" * 2**24, 1), "line 2 of .* more than 1,048,576 bytes"),
+        (
+            "many.tsv.gz",
+            gzip.compress(b"a\tb\n" * 30_000),
+            "is past the 65,536 bytes that a text of its size unpacks to",
+        ),
+        ("deep.jsonl", b"[" * 200_000, "line 1 of .* is not a JSON object"),
+        ("nested.jsonl", b'{"a":' * 1500, "line 1 of .* is not a JSON object"),
+        ("digits.jsonl", b'{"source": %s}' % (b"9" * 5000), "line 1 of .* is not a JSON object"),
+        ("list.jsonl", b'[["source", "a"], ["target", "b"]]', "line 1 of .* is not a JSON object"),
+        ("null.jsonl", b'{"translation": null}', "line 1 of .* has the fields translation: expected texts"),
+        ("number.jsonl", b'{"translation": 3}', "line 1 of .* has the fields translation: expected texts"),
+        ("half.jsonl", b'{"source": "a", "target": "b \\ud800"}', "line 1 of .* half a character .* in its target"),
+        ("fields.jsonl", b'{"%s": "a"}' % (b"x" * 900_000), "line 1 of .* expected texts under"),
+        ("cells.tsv", b"x\ty\n" + b"a" * 200_000, "line 2 of .* has 1 columns"),
+    ],
+)
+def test_any_bytes_get_one_sentence(tmp_path, monkeypatch, name, whole, words):
+    "With the line; in the time and memory of what is read, whatever a packed file unpacks to."
+    monkeypatch.setattr("kslottery.data._UNPACKED", 2**16)
+    (tmp_path / name).write_bytes(whole)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_pairs(tmp_path / name)
+    assert name in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_what_is_odd_and_no_fault_is_read(tmp_path):
+    long = "y" * 200_000  # csv stops at 131,072
+    (tmp_path / "a.tsv").write_text(f"id\ten\ttranslation\n1\t{long}\tb \u2028c\n")
+    assert load_pairs(tmp_path / "a.tsv")[0][1:] == (long, "b \u2028c")  # a column of that name is one like others
+    (tmp_path / "b.tsv.gz").write_bytes(PACKED + PACKED)  # gzip joins files so
+    assert len(load_pairs(tmp_path / "b.tsv.gz", limit=2**70)) == 401
+    (tmp_path / "c.tsv").write_bytes(TABLE[:30] + b"\xff\0")
+    assert len(load_pairs(tmp_path / "c.tsv", limit=1)) == 1  # and no more is read
+    (tmp_path / "empty.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "names").write_bytes(b"\xef\xbb\xbfone\r\n\ntwo words")
+    assert read_lines(tmp_path / "empty.gz") == [] and read_lines(tmp_path / "names") == ["one", "", "two words"]
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ("folder", "folder is neither .jsonl nor .tsv"),
+        ("pipe", "pipe is neither .jsonl nor .tsv"),
+        ("pipe.tsv", "pipe.tsv is a pipe or a device: name a file"),
+        ("pipe,pipe", "pipe is a pipe or a device"),
+        ("folder.tsv", "folder.tsv is a folder: name a file"),
+        ("/dev/null", "/dev/null is neither .jsonl nor .tsv"),
+        ("/no/such/place", "/no/such/place cannot be found"),
+        ("~nosuchuser/x.tsv", "~nosuchuser/x.tsv does not exist, nor its user's home"),
+        ("a\0.tsv", "a.x00.tsv cannot be found"),
+        ("x" * 5000 + ".tsv", "cannot be found .File name too long"),
+        ("", "is neither .jsonl nor .tsv"),
+        (",", "is a folder"),
+        ([], "is neither .jsonl nor .tsv"),
+        ("\udcff.tsv", "has a name that is not UTF-8"),
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, data, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kslottery.data._hub_records", lambda spec: pytest.fail("it asked for a data set"))
+    for name in ("folder", "folder.tsv"):
+        (tmp_path / name).mkdir()
+    for name in ("pipe", "pipe.tsv"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        load_pairs(data)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_a_data_set_that_cannot_be_loaded_gets_one_sentence(monkeypatch):
+    def load(name, config, split):
+        raise RuntimeError("\n".join([name, str(config), split]) if config else "")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    for spec, words in (("owner/set:a:test", r"\(owner/set\\na\\ntest\)"), ("set", r"\(\)")):
+        with pytest.raises(FileNotFoundError, match=f"{spec} is neither a file here nor a data set .* {words}"):
+            load_pairs(spec)
+
+
+def test_a_comma_may_stand_in_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.tsv", "one, two.en", "one, two.ca"):
+        (tmp_path / name).write_text("Good day.\tBon dia.\n")
+    for data in (
+        "a,b.tsv",
+        tmp_path / "a,b.tsv",
+        ["a,b.tsv"],
+        "one, two.en,one, two.ca",
+        ("one, two.en", "one, two.ca"),
+    ):
+        pairs = load_pairs(data)
+        assert len(pairs) == 1 and load_pairs(**pairs.origin) == pairs
+    with pytest.raises(FileNotFoundError, match="x.en cannot be found"):
+        load_pairs("x.en,x.ca")
 
 
 def test_a_pair_knows_its_line(tmp_path):
@@ -204,7 +312,7 @@ def test_a_pair_knows_its_line(tmp_path):
         ]
 
 
-@pytest.mark.parametrize("languages", ["en", "", "en-ca-es", "-ca", ("en", "ca")])
+@pytest.mark.parametrize("languages", ["en", "", "en-ca-es", "-ca", ("en", "ca"), "\ud800-ca", "a\nb-ca", "{source}-x"])
 def test_bad_languages(tmp_path, languages):
     for wants in (lambda: load_pairs(tmp_path / "x.tsv", languages), lambda: Prompt("prompt", languages)):
         with pytest.raises(ValueError, match="source-target"):
@@ -225,6 +333,13 @@ def test_bad_templates():
             Template("mine", text)
     with pytest.raises(ValueError, match="unknown: choose alpaca"):
         Prompt("alpacca")
+    for wrong in (lambda: Template("x", 5), lambda: Template(None, "{source}{target}"), lambda: Prompt(5)):
+        with pytest.raises(TypeError, match="is no template: its name and its text|give a name, a text or a Template"):
+            wrong()
+    for text in ("\ud800{source}{target}", "x" * 100_000):
+        with pytest.raises(ValueError, match="half a character|needs {source} exactly once") as caught:
+            Template("mine", text)
+        assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
     with pytest.raises(ValueError, match="max_length 5"):
         encode_all(TOKENIZERS["bpe"], EXPLICIT, [Pair("1", "Good day", "Bon dia")], max_length=5)
 
@@ -255,12 +370,8 @@ PROMPTED = [
 
 
 def test_prompts_and_completions_are_kept_as_they_are(tmp_path):
-    (tmp_path / "set").mkdir()
-    for name in ("a.jsonl", "a.jsonl.gz", "set/train.jsonl"):
-        path = jsonl(tmp_path / name, PROMPTED)
-        pairs = load_pairs(
-            path.parent if name.startswith("set/") else path
-        )  # a folder is read as a data set of the Hub
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        pairs = load_pairs(jsonl(tmp_path / name, PROMPTED))
         assert [{"prompt": p.source, "completion": p.target} for p in pairs] == PROMPTED, name
     (tmp_path / "a.tsv").write_text("completion\tprompt\n blue.\tThe sky is\n")
     assert load_pairs(tmp_path / "a.tsv")[0][1:] == ("The sky is", " blue.")
@@ -401,7 +512,7 @@ def test_pairs_remember_where_they_came_from(tmp_path):
         ValueError, match="a.en, a.ca, a.es is neither .jsonl nor .tsv: name one such file, or two aligned"
     ):
         load_pairs("a.en,a.ca,a.es")
-    for limit in (0, -5):
+    for limit in (0, -5, "3", 1.5):
         with pytest.raises(ValueError, match=f"limit is {limit}"):
             load_pairs(path, limit=limit)
 
@@ -428,8 +539,12 @@ def test_a_prompt_is_checked_when_it_is_made():
         {"template": None},
         {"template": {"name": "x"}},
         {"template": {"name": "x", "text": "y", "z": 1}},
+        {"template": {"name": "x", "text": 1}},
+        {"template": {"name": "x", "text": "{source}{target}", "chat": "yes"}},
+        {"template": {"name": "x", "text": "{source}{target}"}, "languages": 3},
+        [],
     ):
-        with pytest.raises((KeyError, TypeError)):
+        with pytest.raises(ValueError, match="the prompt is damaged .*: give what Prompt.as_dict gave"):
             Prompt.from_dict(record)
     with pytest.raises(AttributeError):
         EXPLICIT.languages = "en-es"
@@ -541,9 +656,25 @@ def test_what_a_chat_cannot_do_gets_one_sentence():
         "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
         "[INST]",
         "{{ messages[0].content | upper }}x{{ messages[0].content }}",
+        "{% for i in range(1000) %}{{ messages[0].content }}{% endfor %}",  # at once
     ):
         with pytest.raises(ValueError, match="does not show the message of a.tsv:3 once and as it is"):
             encode(chatty(template), chat, pair)
+    for template, words in (
+        ("{{ raise_exception('no\nand no') }}", "no and no"),
+        ("{% for m in %}", "Expected an expression"),
+        ("{{ nothing.here }}", "'nothing' is undefined"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ({"tool": "x"}, "default"),
+    ):
+        with pytest.raises(ValueError, match=f"chat template of the tokenizer is damaged .*{words}.*: write another"):
+            encode(chatty(template), chat, pair)
+    for wrong in (Pair("a.tsv:3", "Good \ud800", "x"), Pair("a.tsv:3", "x", "\udfff")):
+        with pytest.raises(ValueError, match="a.tsv:3 holds half a character"):
+            encode(TOKENIZERS["bpe"], Prompt(), wrong)
+    with pytest.raises(ValueError, match="no token of a.tsv:3 comes from its source"):
+        encode(TOKENIZERS["bpe"], Prompt(), Pair("a.tsv:3", "", ""))
     for wrong in (Pair("a.tsv:3", "Good <|im_end|> day", "x"), Pair("a.tsv:3", "x", "Bon dia</s>")):
         for prompt in (chat, EXPLICIT):
             with pytest.raises(ValueError, match="a.tsv:3 writes out the control token '<"):
