@@ -10,8 +10,10 @@ __all__ = ['SPLITS', 'TASKS', 'SIZES', 'make_task', 'World', 'build_world', 'res
 import itertools
 import json
 import math
+import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,12 +31,17 @@ from kslottery.core import (
     bar_label,
     cache_dir,
     fingerprint,
+    home_path,
     must,
     one_of,
     progress_bar,
     quiet_transformers,
+    read_json,
+    readable_file,
     refuse_strangers,
+    sound,
     to_accelerator,
+    told,
     whole_file,
     whole_folder,
     write_json,
@@ -367,7 +374,7 @@ class World:
     @property
     def facts(self) -> dict[str, Any]:
         """What was built in, and how pre-training went."""
-        return json.loads((self.folder / "babel.json").read_text())
+        return read_json(self.folder / "babel.json", dict)
 
 # %% ../nbs/16_babel.ipynb #5968909b
 def _new_llama(tokenizer, hidden, layers, seed):
@@ -436,6 +443,27 @@ _VERSION = 2  # part of the cache name: raise it when the world changes
 SIZES = {"default": {"hidden": 128, "steps": 500}, "small": {"hidden": 96, "steps": 250}}
 
 
+def _is_whole(folder):  # all that was built is there, and as it was
+    try:
+        marks = read_json(folder / "babel.json", dict)["files"].items()
+        return all(fingerprint(readable_file(folder / name).read_bytes()) == mark for name, mark in marks)
+    except Exception:  # a cache can be anything
+        return False
+
+
+def _is_ours(folder):  # or was: nothing in it is of a kind that is not written here
+    return all(p.is_file() and p.suffix in (".json", ".jsonl", ".safetensors", ".lock") for p in folder.iterdir())
+
+
+def _build_in_cache(folder, seed, size, progress):
+    with whole_folder(folder, _is_ours) as work:
+        _build(work, seed, **SIZES[size], progress=progress)
+        marks = {p.name: fingerprint(p.read_bytes()) for p in sorted(work.iterdir()) if p.name != "babel.json"}
+        write_json(work / "babel.json", read_json(work / "babel.json", dict) | {"files": marks})
+        for ledger in folder.glob("*.ledger.json"):
+            shutil.copy(ledger, work)
+
+
 def build_world(seed: int = 0, size: str = "default", progress: bool | str = True) -> World:
     """Build, or find in the cache, the world of a seed.
 
@@ -458,18 +486,28 @@ def build_world(seed: int = 0, size: str = "default", progress: bool | str = Tru
     Raises
     ------
     ValueError
-        If there is no such size.
+        If there is no such size, or the seed is too large.
     FileExistsError
         If the cache holds something else in its place.
+    PermissionError
+        If the world is not in the cache, and the cache cannot be written.
     """
     one_of("size", size, SIZES)
+    must(isinstance(seed, int) and abs(seed) < 2**63, f"seed is {seed!r}: give a whole number below 2**63")
     folder = cache_dir() / f"babel-v{_VERSION}-{size}-seed{seed}"
-    if not (folder / "babel.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "babel.json").exists():  # another process may have built it meanwhile
-                with whole_folder(folder, is_own=lambda path: True) as work:
-                    _build(work, seed, **SIZES[size], progress=progress)
+    if not _is_whole(folder):
+        there = next(path for path in folder.parents if os.path.exists(path))
+        must(
+            there.is_dir() and os.access(there, os.W_OK | os.X_OK),
+            f"the cache {folder.parent} cannot be written ({there} is no folder that may be): "
+            "name another in the environment variable KSLOTTERY_CACHE",
+            PermissionError,
+        )
+        with told(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not _is_whole(folder):  # another process may have built it meanwhile
+                    _build_in_cache(folder, seed, size, progress)
     return World(folder)
 
 
@@ -494,7 +532,7 @@ def resolve(name: str, seed: int = 0, size: str = "default") -> str:
     Raises
     ------
     ValueError
-        If there is no such split or size.
+        If there is no such split, size or seed.
     """
     if name != "babel" and not name.startswith("babel:"):
         return name
@@ -546,7 +584,7 @@ def load_corpus(folder: str | Path, languages: str = "") -> ParallelCorpus:
     ValueError
         If none of them has the languages, or one cannot be read.
     """
-    home = Path(folder).expanduser()
+    home = home_path(folder)
     found = sorted(home.glob("pretrain-*-*.tsv.gz")) or sorted(home.glob("train/*-*.tsv.gz"))
     must(
         found,
@@ -634,12 +672,13 @@ class _RealRun:  # a model that learns from the rows that `rows(step)` gives
         from safetensors import safe_open
 
         states: dict[str, dict[str, torch.Tensor]] = {}
-        with safe_open(path, "pt") as file:
+        with sound(path, "remove it to start again"), safe_open(path, "pt") as file:
             record = json.loads(file.metadata()["record"])
+            before = record["run"]
             for part, name in map(str.split, file.keys()):
                 states.setdefault(part, {})[name] = file.get_tensor(f"{part} {name}")
         must(
-            record["run"] == run,
+            before == run,
             f"{path} is the state of another run (other sentences or settings), which can go on: "
             "name another folder, or remove the file to start again",
         )
@@ -717,11 +756,11 @@ class Pretraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"vocabulary": 1, "hidden": 1, "layers": 1, "steps": 0}.items():
+        for name, least in {"vocabulary": 1, "hidden": 1, "layers": 1, "steps": 0, "seed": 1 - 2**63}.items():
             value = getattr(self, name)
             must(
-                isinstance(value, int) and value >= least,
-                f"{name} is {value!r}: give a whole number of at least {least}",
+                isinstance(value, int) and least <= value < 2**63,
+                f"{name} is {value!r}: give a whole number of at least {least}, and below 2**63",
             )
         must(
             self.hidden % (2 * max(4, self.hidden // 64)) == 0,
@@ -739,7 +778,7 @@ def _pretrain_real(pairs, folder, settings, shares, watch, progress):
     given = asdict(settings) | ({"minutes": 0} if settings.steps else {})  # which then does not matter
     about = fingerprint(json.dumps([pairs, shares, given, _REAL_FORMATS]))
     note, state = folder / "pretrain.json", folder.with_name(f".{folder.name}.safetensors")
-    if note.exists() and json.loads(note.read_text())["run"] == about:
+    if note.exists() and read_json(note, dict, "remove its folder").get("run") == about:
         return
     tokenizer, seed = _train_tokenizer(pairs, settings.vocabulary), settings.seed
     short = {x: [p for p in side if len(p.source) + len(p.target) < 250] or side for x, side in pairs.items()}

@@ -36,8 +36,20 @@ from kslottery.certificate import (
     plan_certificate,
     sentences_needed,
 )
-from .core import cache_dir, fingerprint, must, one_of, progress_bar, to_accelerator, write_json
-from .data import Example, Pair, Prompt, collate, encode_all
+from kslottery.core import (
+    cache_dir,
+    fingerprint,
+    home_path,
+    must,
+    one_of,
+    progress_bar,
+    read_json,
+    sound,
+    to_accelerator,
+    told,
+    write_json,
+)
+from .data import Example, Pair, Prompt, _files, collate, encode_all
 from .evaluation import Generation, Translation, get_extraction, translate
 from .rows import TunedRows, weights_fingerprint
 from .tuning import partial_tune
@@ -510,26 +522,27 @@ def _sealed(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"hash": fingerprint(json.dumps(record, sort_keys=True, ensure_ascii=False))}
 
 
-def _unsealed(path: Path, mend: str) -> dict[str, Any]:
-    # What was sealed and written; refused if it is no longer the same.
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        must(_sealed({name: record[name] for name in record if name != "hash"}) == record, "it was edited")
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{path} is damaged or was edited, its hash does not fit: {mend}") from None
+def _unsealed(path: Path, holds: str, mend: str) -> dict[str, Any]:
+    # What was sealed and written; refused if it is no longer the same, or something else that was sealed.
+    record = read_json(path, dict, mend)
+    with sound(path, mend):
+        sealed = _sealed({name: record[name] for name in record if name != "hash"})
+        must(sealed == record, "it was edited: its hash does not fit")
+        must(holds in record, f"it holds no {holds}")
     return record
 
 
 def _spent(pairs: Sequence[Pair], fresh: Losses, plan: dict[str, Any]) -> list[float]:
     # Enters a plan into the ledger of its sentences; the deltas of the plans that used some of them before.
     mend = "restore it; without it nobody knows what was spent on these sentences before"
-    read = lambda path: _unsealed(path, mend)["plans"] if path.exists() else []
-    file = Path(str((getattr(pairs, "origin", None) or {}).get("data", "")).partition(",")[0]).expanduser()
+    read = lambda path: _unsealed(path, "plans", mend)["plans"] if path.exists() else []
+    file = home_path(_files(str((getattr(pairs, "origin", None) or {}).get("data", "")))[0])
     beside = Path(f"{file}.ledger.json")
     usable = file.is_file() and os.access(beside if beside.exists() else beside.parent, os.W_OK)
     place, mine = beside if usable else cache_dir() / "calibration.ledger.json", [one[1:17] for one in fresh.loose]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f".{place.name}.lock")):
+    with told(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    with told(place), FileLock(place.with_name(f".{place.name}.lock")):
         known = read(place) if usable else [*read(beside), *read(place)]
         at = next((i for i, one in enumerate(known) if one["plan"] == plan["hash"]), len(known))
         if at == len(known):
@@ -559,10 +572,11 @@ def _ordered(pairs: Sequence[Pair], settings: CertifySettings) -> tuple[Sequence
     # Each sentence once, in the manifest's order, from its first on, and the manifest; without one, in a new order.
     if settings.until is None:
         return pairs, None
-    if not Path(settings.until).exists():
+    if not home_path(settings.until).exists():
         distinct = list({p.loose: p for p in reversed(pairs)}.values())
         return [distinct[i] for i in np.random.default_rng(settings.seed).permutation(len(distinct))], None
-    manifest = _unsealed(Path(settings.until), "restore it; a new manifest is a new plan and spends delta again")
+    mend = "restore it; a new manifest is a new plan and spends delta again"
+    manifest = _unsealed(Path(settings.until), "order", mend)
     there, order = {_name(p): p for p in pairs}, manifest["order"]
     found = [there[name] for _, name in itertools.takewhile(lambda one: one[1] in there, order)]
     known = {p.loose for p in found}
@@ -607,8 +621,8 @@ def _planned(plan: dict[str, Any], ticket: Any, source: Calibration, found: dict
 def _until(source: Calibration, rows: TunedRows, how: str, manifest: dict[str, Any]) -> list[Certificate]:
     # Adds sentences until the certificates hold, or there are no more.
     epsilon, n_plan, extractions = (manifest[name] for name in ("epsilon", "n_plan", "extractions"))
-    path, kind, made = Path(f"{source.settings.until}.answers.json"), source.settings.loss, []
-    kept = _unsealed(path, "remove it, to translate again") if path.exists() else {}
+    path, kind, made = home_path(f"{source.settings.until}.answers.json"), source.settings.loss, []
+    kept = _unsealed(path, "answers", "remove it, to translate again") if path.exists() else {}
     if kept.get("manifest") == manifest["hash"]:
         for key, texts in kept["answers"].items():
             source._known["answers", key] = [Translation(i, text, end, tuple(said)) for i, text, end, said in texts]

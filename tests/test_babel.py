@@ -1,5 +1,6 @@
 """The built-in world: one seed, one world; held-out meanings stay out of pre-training; it loads like any checkpoint."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -7,6 +8,7 @@ import os
 import random
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -177,6 +179,98 @@ def test_what_the_world_writes_is_part_of_its_name(tmp_path, monkeypatch):
     assert "stale" not in babel.build_world(0, "tiny", progress=False).split("train").read_text()
 
 
+# What the cache may have become
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    "How often a world was built; building takes no time here."
+    monkeypatch.setenv("KSLOTTERY_CACHE", str(tmp_path / "cache"))
+    seeds = []
+
+    def build(folder, seed, **more):
+        seeds.append(seed)
+        for name in ("train.jsonl", "model.safetensors", "babel.json"):
+            (folder / name).write_text(json.dumps({"parameters": seed}))
+
+    monkeypatch.setattr(babel, "_build", build)
+    return seeds
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "train.jsonl").write_text(""),
+        lambda folder: (folder / "train.jsonl").write_text('{"parameters": 8}'),
+        lambda folder: (folder / "babel.json").unlink(),
+        lambda folder: (folder / "babel.json").write_text('{"parameters": 7}'),  # as earlier versions wrote it
+        lambda folder: (folder / "babel.json").write_text('{"files": 3}'),
+        lambda folder: (folder / "babel.json").write_text("[" * 100_000),
+        lambda folder: (folder / "babel.json").write_bytes(b"\xff"),
+        lambda folder: [path.unlink() for path in folder.iterdir() if "ledger" not in path.name],
+    ],
+)
+def test_a_world_that_is_not_whole_is_built_again(built, harm):
+    folder = babel.build_world(7).folder
+    (folder / "train.jsonl.ledger.json").write_text("spent")
+    (folder / ".train.jsonl.ledger.json.lock").write_text("")
+    whole = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+    assert babel.build_world(7).folder == folder and built == [7]
+    harm(folder)
+    assert babel.build_world(7).facts["parameters"] == 7 and babel.build_world(7).folder == folder and built == [7, 7]
+    assert {path.name: path.read_bytes() for path in folder.glob("[!.]*")} == whole  # what was spent, too
+
+
+def test_what_is_not_ours_in_the_cache_stays(built, tmp_path):
+    folder = tmp_path / "cache" / "babel-v2-small-seed0"
+    (folder / "mine").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="seed0 exists and holds something else"):
+        babel.build_world(size="small")
+    (folder / "mine").rmdir()
+    folder.rmdir()
+    folder.write_text("mine")
+    with pytest.raises(FileExistsError, match="seed0 exists and holds something else"):
+        babel.build_world(size="small")
+    assert folder.read_text() == "mine" and not built
+
+
+def test_a_cache_that_cannot_be_written(built, tmp_path, monkeypatch):
+    there = babel.build_world(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: mode == os.R_OK)  # a root may write anything
+        assert babel.build_world(1) == there and built == [1]  # it is only read
+        with pytest.raises(PermissionError, match="the cache .* cannot be written .* KSLOTTERY_CACHE"):
+            babel.build_world(2)
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        monkeypatch.setenv("KSLOTTERY_CACHE", str(tmp_path / name))
+        with pytest.raises(PermissionError, match="/file is no folder that may be.: name another in the environment"):
+            babel.build_world(1)
+
+    def full(folder, *args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("KSLOTTERY_CACHE", str(tmp_path / "full"))
+    monkeypatch.setattr(babel, "_build", full)
+    with pytest.raises(OSError, match="seed1 needs more than .* MB, and its disk is full"):
+        babel.build_world(1)
+    assert [path.suffix for path in (tmp_path / "full").iterdir()] == [".lock"]
+
+
+def test_two_that_build_at_once_build_it_once(built):
+    with ThreadPoolExecutor(4) as pool:
+        worlds = list(pool.map(babel.build_world, [5] * 4))
+    assert built == [5] and len(set(worlds)) == 1 and worlds[0].facts["parameters"] == 5
+
+
+def test_seeds_are_checked_before_work(built):
+    for wrong in (2**63, -(2**63), 10**400, "0", 1.5, None):
+        with pytest.raises(ValueError, match="seed is .*: give a whole number below 2..63"):
+            babel.build_world(wrong)
+    assert babel.build_world(-5).facts["parameters"] == -5 and built == [-5]
+
+
 # Real text, here made up
 
 
@@ -285,6 +379,12 @@ def test_minutes_fix_the_steps_and_a_broken_run_goes_on(tmp_path, monkeypatch):
         assert [p.name for p in (tmp_path / "runs").iterdir()] == [".a.safetensors"]
     with pytest.raises(ValueError, match="the state of another run .*: name another folder, or remove the file"):
         run(minutes=0.3, seed=1)
+    state = tmp_path / "runs" / ".a.safetensors"
+    kept = state.read_bytes()
+    state.write_bytes(kept[:1000])
+    with pytest.raises(ValueError, match="a.safetensors is damaged .*: remove it to start again"):
+        run(minutes=0.3)
+    state.write_bytes(kept)
     folder = run(minutes=0.3)
     steps = int(0.95 * 18)  # a step took a second
     record = json.loads((folder / "pretrain.json").read_text())
@@ -297,6 +397,11 @@ def test_minutes_fix_the_steps_and_a_broken_run_goes_on(tmp_path, monkeypatch):
     assert json.loads((whole / "pretrain.json").read_text())["losses"] == record["losses"]
     before = (folder / "model.safetensors").stat().st_mtime_ns
     run(minutes=0.3)  # is done
+    note = (folder / "pretrain.json").read_text()
+    (folder / "pretrain.json").write_text(note[:-9])
+    with pytest.raises(ValueError, match="pretrain.json is damaged .*: remove its folder"):
+        run(minutes=0.3)
+    (folder / "pretrain.json").write_text(note)
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert weights(run(steps=2, penalty=2.0)) != weights(whole)  # another run, in the place of the finished one
 
@@ -322,6 +427,8 @@ def test_values_are_checked_before_work(tmp_path, monkeypatch):
         ({"hidden": 30}, "hidden is 30: give a multiple of 8"),
         ({"hidden": 1000}, "hidden is 1000: .*of 64"),
         ({"penalty": -1}, "penalty is -1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808: .* below 2"),
+        ({"layers": 2**70}, "layers is .* below 2"),
     ):
         with pytest.raises(ValueError, match=sentence):
             TINY(**wrong)

@@ -188,12 +188,13 @@ def test_the_ledger_adds_up_what_was_spent_on_sentences(ticket, loaded, fresh, l
     assert spent(certified(other, loaded, fresh[:8], settings)) == [0.1]
     assert len(json.loads(ledger.read_text())["plans"]) == 5
     ledger.write_text(ledger.read_text().replace("0.1", "0.01"))
-    with pytest.raises(ValueError, match="calibration.ledger.json is damaged or was edited"):
+    with pytest.raises(ValueError, match="calibration.ledger.json is damaged .it was edited: its hash does not fit"):
         certified(ticket, loaded, fresh, SHORT)
 
 
 def test_a_ledger_stands_beside_the_file_or_in_the_cache(ticket, loaded, file, ledger, monkeypatch):
-    pairs, beside = load_pairs(file, limit=20), file.with_name("fresh.jsonl.ledger.json")
+    file = file.rename(file.with_name("fresh, again.jsonl"))
+    pairs, beside = load_pairs(file, limit=20), file.with_name("fresh, again.jsonl.ledger.json")
     assert spent(certified(ticket, loaded, pairs, SHORT)) == [0] and beside.exists() and not ledger.exists()
     kept = beside.read_text()
     monkeypatch.setattr("os.access", lambda *a: False)  # the file is somebody else's
@@ -322,10 +323,15 @@ def test_what_a_manifest_refuses(ticket, loaded, fresh, tmp_path, ledger, counte
             certify_ticket(ticket, pairs, **asked | more, settings=replace(settings, **wanted))
     swapped = json.loads(manifest)
     swapped["order"].reverse()
-    for text in (json.dumps(swapped), manifest[:90], "[]", manifest.replace("0.9", "0.95")):
+    bare = calibration_module._sealed({"plans": []})  # a ledger, say
+    odd = ("[]", "[" * 100_000, '{"a": "\\ud800", "hash": 1}', "NaN", json.dumps(bare))
+    for text in (*odd, json.dumps(swapped), manifest[:90], manifest.replace("0.9", "0.95")):
         path.write_text(text)
-        with pytest.raises(ValueError, match="m.json is damaged or was edited"):
+        with pytest.raises(ValueError, match="m.json is damaged .*: restore it; a new manifest is a new plan"):
             certified(ticket, loaded, fresh, settings)
+    for wrong, part in ((tmp_path, "is a folder: name a file"), ("~nosuchuser/m", "nor its user's home")):
+        with pytest.raises((ValueError, FileNotFoundError), match=part):
+            certified(ticket, loaded, fresh, replace(settings, until=wrong))
     assert path.read_text() == text and ledger.read_text() == entries and len(counted) == done
     with pytest.raises(ValueError, match="certify documents .* without it"):
         replace(settings, groups=["a"] * 24)
