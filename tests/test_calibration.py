@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -197,7 +198,7 @@ def test_a_ledger_stands_beside_the_file_or_in_the_cache(ticket, loaded, file, l
     pairs, beside = load_pairs(file, limit=20), file.with_name("fresh, again.jsonl.ledger.json")
     assert spent(certified(ticket, loaded, pairs, SHORT)) == [0] and beside.exists() and not ledger.exists()
     kept = beside.read_text()
-    monkeypatch.setattr("os.access", lambda *a: False)  # the file is somebody else's
+    monkeypatch.setattr("os.access", lambda path, mode: mode == os.R_OK)  # the file is somebody else's
     assert spent(certified(ticket, loaded, pairs, replace(SHORT, sizes=[3]))) == [0.1]
     assert spent(certified(ticket, loaded, pairs, replace(SHORT, sizes=[4]))) == [0.2]
     assert beside.read_text() == kept and ledger.exists()
