@@ -13,6 +13,8 @@ from urllib.parse import quote
 
 import jinja2
 
+from .certificate import _safe
+
 # %% auto #0
 __all__ = ['card']
 
@@ -24,8 +26,9 @@ def _code(value: object) -> str:  # a code span that can stand in a table's cell
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def _tagless(markdown: str) -> str:  # no HTML tag can open in it
-    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", markdown)
+def _quoted(markdown: str) -> str:  # its blocks end with it, and no tag, link or image can open in it
+    inert = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", markdown)
+    return "".join(f"> {line}\n" for line in re.sub(r"(?<=\])(?=[(:\[])", "\\\\", inert).splitlines())
 
 # %% ../nbs/10_card.ipynb #9e9ce8fa
 _OPENING = """---
@@ -34,7 +37,7 @@ _OPENING = """---
 
 # A KS-Lottery ticket of {{ k }} rows for {{ code(named) }}
 
-> {% if ticket.audit %}{{ tagless(verdict) }}{% else -%}
+> {% if ticket.audit %}{{ safe(ticket.audit.sentence) }}{% else -%}
 This ticket has not been audited: whether its rows carry content or only a habit is not known (`kslottery audit`).
 {%- endif %}
 
@@ -80,7 +83,7 @@ _PAGE = jinja2.Template(
 {% endfor %}
 ## Scores, controls and verdict
 
-{{ tagless(report) if ticket.audit else "Not audited." }}
+{{ quoted(ticket.audit.report) if ticket.audit else "Not audited." }}
 {% for name in figures %}
 ![{{ quote(name.removesuffix(".png")) }}]({{ quote(name) }})
 {% endfor %}
@@ -101,7 +104,7 @@ Licence: {{ code(facts.license) if facts.license else
 "none stated; that of the base model applies to what is derived from it" }}.
 
 Method: Yuan et al., KS-Lottery, NAACL 2025 ([arXiv 2402.02801](https://arxiv.org/abs/2402.02801)). Made with kslottery
-{#- #} {{ facts.versions.get("kslottery", "") }}.
+{#- #} {{ code(facts.versions.get("kslottery", "")) }}.
 """,
     keep_trailing_newline=True,
     undefined=jinja2.StrictUndefined,
@@ -174,7 +177,5 @@ def card(ticket: Any, figures: Sequence[str] = ()) -> str:
         rows=[{name: forms.get(name, str)(value) for name, value in row.items()} for row in best],
         making=_making(ticket, named),
         figures=figures,
-        verdict=ticket.audit and " ".join(ticket.audit["sentence"].split()),
-        report=ticket.audit and ticket.audit["report"],
-        **{"code": _code, "tagless": _tagless, "quote": quote, "repr": repr},
+        **{"code": _code, "safe": _safe, "quoted": _quoted, "quote": quote, "repr": repr},
     )

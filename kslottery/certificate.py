@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
-from .core import fingerprint, must, one_of
+from .core import check_types, fingerprint, must, one_of, plain
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Certificate', 'ks_margin_bound', 'Losses', 'risk_bound', 'certify_agreement', 'sentences_needed',
@@ -25,6 +25,10 @@ __all__ = ['CLAIMS', 'Certificate', 'ks_margin_bound', 'Losses', 'risk_bound', '
            'paired_difference', 'holm']
 
 # %% ../nbs/09_certificate.ipynb #ec316162
+def _safe(text: str) -> str:  # in which no tag, link or block of Markdown can open
+    return re.sub(r"[<>&\\`*_\[\]#|~$]", lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
+
+
 @dataclass(frozen=True)
 class Certificate:
     """What was claimed, and on what grounds.
@@ -92,10 +96,9 @@ class Certificate:
         str
             Markdown in which no text of the certificate can open a tag, a link or a block of its own.
         """
-        safe = lambda text: re.sub(r"[<>&\\`*_\[\]#|~$]", lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
-        bullets = "\n".join(f"- {'and' if i else 'if'} {safe(a)}" for i, a in enumerate(self.assumptions))
-        folded = f"<details><summary>The full sentence</summary>\n\n{safe(self.claim)}\n\n</details>"
-        return f"**{safe(self.headline)}**\n\n{bullets}\n\n{folded}\n"
+        bullets = "\n".join(f"- {'and' if i else 'if'} {_safe(a)}" for i, a in enumerate(self.assumptions))
+        folded = f"<details><summary>The full sentence</summary>\n\n{_safe(self.claim)}\n\n</details>"
+        return f"**{_safe(self.headline)}**\n\n{bullets}\n\n{folded}\n"
 
     _repr_markdown_ = markdown
 
@@ -123,10 +126,14 @@ class Certificate:
             If the text is no certificate.
         """
         try:
-            values = json.loads(text)
-            return cls(**{**values, "assumptions": tuple(values["assumptions"]), "path": tuple(values["path"])})
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"this is not a certificate ({error}): make it again with kslottery certify") from None
+            stored = json.loads(text)
+            made = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+            check_types(made)
+            str(made)  # the headline takes numbers and words out of `path` and `facts`
+            return made
+        except Exception as error:  # what is no certificate fails in many ways
+            said = plain(f"{type(error).__name__}: {error}", 200)
+            raise ValueError(f"this is not a certificate ({said}): make it again with kslottery certify") from None
 
 # %% ../nbs/09_certificate.ipynb #08d99966
 def _inside(name: str, value: float) -> float:

@@ -45,7 +45,7 @@ class Generation:
     Raises
     ------
     ValueError
-        If a value is not a whole number of at least 1.
+        If a value is not a whole number of at least 1, and less than 2 ** 31.
     """
 
     max_new_tokens: int = 256
@@ -54,7 +54,10 @@ class Generation:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            must(type(value) is int and value >= 1, f"{name} is {value!r}: give a whole number of at least 1")
+            must(
+                type(value) is int and 1 <= value < 2**31,
+                f"{name} is {value!r:.20}: give a whole number of at least 1, and less than 2 ** 31",
+            )
 
 # %% ../nbs/07_evaluation.ipynb #dd21f822
 class Translation(NamedTuple):

@@ -297,8 +297,19 @@ class EmbeddingView:
         return part.index_put_((tuned,), self._new[place[tuned]])
 
 # %% ../nbs/04_rows.ipynb #5fbad8d2
-def _token_ids(ids):
-    return torch.as_tensor(np.asarray(ids, dtype=np.int64)).reshape(-1)
+def _token_ids(ids):  # numpy alone would take 6.9 for 6, "12" for 12, and True for 1
+    given = ids if hasattr(ids, "dtype") or not isinstance(ids, Iterable) else [*ids]
+    found = np.asarray(None)
+    with contextlib.suppress(TypeError, ValueError):  # lists of several lengths, say
+        found = np.asarray(given)
+    must(
+        found.ndim == 1
+        and (found.dtype.kind in "iu" or not len(found))
+        and (given is ids or bool not in map(type, given)),
+        f"ids are {str(ids):.60}: they must be token ids, a list of integers",
+        TypeError,
+    )
+    return torch.from_numpy(found.astype(np.int64))
 
 
 def _same_mode(a, b):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .core import check_types, plain
 from .data import Example
 from .rows import MODES, TunedRows
 from .training import Engine, Training, _check_numbers, train
@@ -109,9 +110,12 @@ class Recipe:
             If there is a field that a recipe does not have, or a value that it cannot have.
         """
         try:
-            return cls(**values | {"engine": Engine(**values.get("engine", {}))})
-        except TypeError as error:
-            raise ValueError(f"this is no recipe ({error}): was it written by another version?") from error
+            made = cls(**{**values, "engine": Engine(**values.get("engine", {}))})
+            check_types(made)
+            check_types(made.engine)
+            return made
+        except (AttributeError, OverflowError, TypeError) as error:
+            raise ValueError(f"this is no recipe ({plain(str(error))}): was it written by another version?") from error
 
 # %% ../nbs/06_tuning.ipynb #a79eb0ff
 def tune_rows(
