@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
-from .core import check_types, fingerprint, must, one_of, plain
+from .core import check_field_types, fingerprint, must, one_of, plain
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Certificate', 'ks_margin_bound', 'Losses', 'risk_bound', 'certify_agreement', 'sentences_needed',
@@ -126,9 +126,10 @@ class Certificate:
             If the text is no certificate.
         """
         try:
-            stored = json.loads(text)
-            made = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-            check_types(made)
+            stored = json.loads(text).items()
+            lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored}
+            made = cls(**lists)
+            check_field_types(made)
             str(made)  # the headline takes numbers and words out of `path` and `facts`
             return made
         except Exception as error:  # what is no certificate fails in many ways

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partialmethod
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Self, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -27,11 +27,27 @@ from safetensors.numpy import save_file
 
 from .card import card
 from .certificate import Certificate
-from .core import fingerprint, load_model, must, one_of, source_of, text_table, whole_file, whole_folder
+from kslottery.core import (
+    check_field_types,
+    fingerprint,
+    home_path,
+    load_model,
+    locked,
+    must,
+    one_of,
+    read_json,
+    readable_file,
+    settle,
+    sound,
+    source_of,
+    text_table,
+    whole_files,
+    whole_folder,
+)
 from .data import Example, Prompt, token_counts, token_text
 from .evaluation import Generation
 from .ks import CRITERIA, Scan, critical_value
-from .rows import TunedRows, input_embedding, is_tied, read_rows
+from .rows import MODES, TunedRows, _token_ids, input_embedding, is_tied, read_rows
 from .tuning import Recipe
 
 # %% auto #0
@@ -39,7 +55,8 @@ __all__ = ['versions', 'tokenizer_fingerprint', 'model_fingerprints', 'Selection
            'TicketBank']
 
 # %% ../nbs/11_ticket.ipynb #6bc6ae05
-_SCHEMA, _HASH = 2, "[0-9a-f]{64}"
+_SCHEMA, _HASH, _AGAIN = 2, "[0-9a-f]{64}", "copy the ticket again"
+_CRITERIA = (*CRITERIA, "gradient")
 
 
 def versions() -> dict[str, str]:
@@ -104,18 +121,6 @@ def _demand(*claims: tuple[Any, str]) -> None:
         must(*claim)
 
 
-def _check_types(record: Any) -> None:  # against the annotations of a dataclass
-    for name, hint in get_type_hints(type(record)).items():
-        kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
-        value, whole = getattr(record, name), [int] * (float in kinds)  # which is a number, too
-        wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
-        must(
-            isinstance(value, (*kinds, *whole)) and (bool in kinds or not isinstance(value, bool)),
-            f"{name} is {value!r:.60}: it must be {wanted}",
-            TypeError,
-        )
-
-
 @dataclass(frozen=True)
 class Selection:
     """How rows are chosen out of a scan.
@@ -138,11 +143,11 @@ class Selection:
     correction: str | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_field_types(self)
         _demand(
             (
-                self.criterion in (known := (*CRITERIA, "gradient")),
-                f"criterion is {self.criterion!r}: choose {', '.join(known)}",
+                self.criterion in _CRITERIA,
+                f"criterion is {self.criterion!r}: choose {', '.join(_CRITERIA)}",
             ),
             (self.top_k >= 0, f"top_k is {self.top_k}: give how many rows to take, or 0 for those that pass alpha"),
             (
@@ -175,7 +180,7 @@ _MADE_BY = {"prompt": Prompt.from_dict, "recipe": Recipe.from_dict, "generation"
 
 
 def _read(name: str, value: Any) -> Any:  # one fact out of JSON: a tuple of a list, an object of its dictionary
-    with _sound(name, "it is no such record"):
+    with sound(name, "it is no such record"):
         made = _MADE_BY[name](value) if isinstance(value, dict) and name in _MADE_BY else value
     return tuple(made) if isinstance(made, list) else made
 
@@ -207,10 +212,11 @@ class _Facts:
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_field_types(self)
         if self.base_model == "":
             object.__setattr__(self, "base_model", _hub_id(self.model))
         prints, origins = self.fingerprints, [origin for origin in (self.train, self.test) if origin is not None]
+        dtype = getattr(torch, self.dtype, None)
         _demand(
             (
                 all(
@@ -219,11 +225,18 @@ class _Facts:
                 ),
                 f"fingerprints are {prints!r:.60}: they must hold the SHA-256 of the embedding",
             ),
-            (min(self.V, self.d) > 0, f"the embedding is {self.V} x {self.d}: a ticket needs one of 1 x 1 or more"),
-            (all(isinstance(t, str | None) for t in self.tokens), f"tokens are {self.tokens!r:.60}: they must be text"),
             (
-                all(isinstance(n, int) for n in self.counts or ()),
-                f"counts are {self.counts!r:.60}: they must be numbers",
+                0 < min(self.V, self.d) <= max(self.V, self.d) < 2**31,
+                f"the embedding is {self.V:.3g} x {self.d:.3g}: a ticket needs one of 1 x 1 or more",
+            ),
+            (
+                isinstance(dtype, torch.dtype) and dtype.is_floating_point,
+                f"dtype is {self.dtype!r:.60}: give a floating dtype of torch, for example float32",
+            ),
+            (min(self.counts or [0]) >= 0, f"counts are {self.counts!r:.60}: they must be numbers of at least 0"),
+            (
+                0 <= (self.changed or 0) <= self.V,
+                f"changed is {self.changed!r:.20}: it must be a number of the {self.V} rows",
             ),
             (
                 all(
@@ -371,15 +384,21 @@ class Provenance(_Facts):
         )
 
 # %% ../nbs/11_ticket.ipynb #13a91a6d
-def _as_ids(ids: Any) -> np.ndarray:
-    ids = list(ids) if isinstance(ids, Iterable) and not hasattr(ids, "dtype") else ids
-    found = np.asarray(ids)
-    must(
-        found.ndim == 1 and not (len(found) and found.dtype.kind not in "iu") and bool not in map(type, ids),
-        f"ids are {str(ids):.60}: they must be token ids, a list of integers",
-        TypeError,
+def _check_scan(scan: Scan, d: int) -> None:
+    p, shown = np.zeros(1) if scan.pvalue is None else scan.pvalue, (scan.d, scan.criterion, scan.decided)
+    _demand(
+        (
+            scan.d == d and scan.criterion in _CRITERIA and (scan.decided is None or 0 < scan.decided < 1),
+            f"the scan says d, criterion and alpha are {shown!r:.60}: it must be one of rows of {d} numbers",
+        ),
+        (not ((p < 0) | (p > 1)).any(), "a p-value of the scan lies outside [0, 1]: scan again"),
     )
-    return found.astype(np.int64)
+
+
+def _check_audit(audit: dict[str, Any] | None) -> None:  # what the card needs of it
+    found = audit.get("decomposition", {}) if audit is not None else {}
+    said = () if audit is None else (audit.get("sentence"), audit.get("report"), found.get("metric", ""))
+    must(all(isinstance(one, str) for one in said), "its sentence, its report or its metric is no text: audit again")
 
 
 @dataclass(eq=False, repr=False)
@@ -395,15 +414,17 @@ class _Parts:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        self.ids, self.sentences = _as_ids(self.ids), tuple(self.sentences)
+        self.ids, self.sentences = _token_ids(self.ids).numpy(), tuple(self.sentences)
+        check_field_types(self)
         ids, facts, rows, scan = self.ids, self.provenance, self.rows, self.scan
-        k, V, d, sizes = len(ids), facts.V, facts.d, {len(facts.tokens), len(facts.counts or ids)}
+        k, V, d = len(ids), facts.V, facts.d
+        sizes = {len(facts.tokens), k if facts.counts is None else len(facts.counts)}
         tuned = [(r.weight.shape[1], r.ids[-1:].tolist()) for r in (rows, self.embed_rows) if r is not None]
         shapes = [] if scan is None else [np.shape(x) for x in (scan.statistic, scan.pvalue) if x is not None]
         _demand(
             (
                 np.unique(ids[(ids >= 0) & (ids < V)]).size == k,
-                f"ids are {ids}: they must be distinct, from 0 to {V - 1}",
+                f"ids are {ids.tolist()!s:.60}: they must be distinct, from 0 to {V - 1}",
             ),
             (sizes == {k}, f"there are {k} ids, with tokens or counts for {sizes}: one belongs to each"),
             (
@@ -414,12 +435,19 @@ class _Parts:
                 all(w == d and last < [V] for w, last in tuned),
                 f"rows do not fit an embedding of {V} x {d}: whose are they?",
             ),
+            (
+                self.mode == "input_only" or facts.tied_embeddings,
+                "rows are shared by input and output of a model that does not tie the two: whose are they?",
+            ),
             (set(shapes) <= {(V,)}, f"the scan is of shape {shapes}: there must be a statistic for each of {V} rows"),
             (
-                all(re.fullmatch(f"~?{_HASH}", str(h)) for h in self.sentences),
+                all(re.fullmatch(f"~?{_HASH}", h) for h in self.sentences),
                 "a sentence is no hash: give `Pair.hash` and `Pair.loose` of each",
             ),
         )
+        _check_audit(self.audit)
+        if scan is not None:
+            _check_scan(scan, d)
 
     @property
     def mode(self) -> str:
@@ -511,31 +539,16 @@ def is_ticket(folder: str | Path) -> bool:
     bool
         True if there is a `ticket.json`.
     """
-    return (Path(folder) / "ticket.json").is_file()
-
-
-@contextlib.contextmanager
-def _sound(what: str | Path, mend: str = "copy the ticket again") -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # files can be damaged in more ways than the libraries that read them have errors for
-        told = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"{what} is damaged ({told:.200}): {mend}") from None
-
-
-def _json(path: Path, kind: type) -> Any:  # None if it is not there
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    must(isinstance(found, kind) or not path.exists(), f"it holds {type(found).__name__}, not {kind.__name__}")
-    return found
+    return os.path.isfile(Path(folder, "ticket.json"))
 
 
 def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:  # and the metadata; empty if it is not there
-    with safe_open(path, framework="numpy") if path.exists() else contextlib.nullcontext() as file:
+    with safe_open(readable_file(path), "numpy") if os.path.lexists(path) else contextlib.nullcontext() as file:
         return ({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}) if file else ({}, {})
 
 
 def _read_rows(path: Path, mode: str) -> TunedRows | None:
-    with _sound(path):
+    with sound(path, _AGAIN):
         stored, _ = _tensors(path)
         must(
             not stored or (stored["ids"].dtype, stored["rows"].dtype) == (np.int64, np.float32),
@@ -545,9 +558,10 @@ def _read_rows(path: Path, mode: str) -> TunedRows | None:
 
 
 def _read_scan(path: Path) -> Scan | None:
-    with _sound(path):
+    with sound(path, _AGAIN):
         stored, about = _tensors(path)
         about = json.loads(about["scan"]) if "scan" in about else about  # schema 1 had an entry for each
+        must(all(one.dtype == np.float64 for one in stored.values()), "its numbers are not float64")
         return (
             Scan(
                 stored["statistic"],
@@ -582,6 +596,37 @@ def _from_schema_1(record: dict[str, Any]) -> dict[str, Any]:
             if name in data
         },
     }
+
+# %% ../nbs/11_ticket.ipynb #dcd9e07d
+def _once(*certificates: Iterable[Certificate]) -> list[Certificate]:  # each, in the order in which they came
+    with sound("a certificate", "make it again with kslottery certify"):
+        return [*{one.to_json(): one for some in certificates for one in some}.values()]
+
+
+def _if_there(path: Path, kind: type, mend: str) -> Any:
+    return read_json(path, kind, mend) if os.path.lexists(path) else None
+
+
+def _read_texts(folder: Path) -> tuple[tuple[np.ndarray, Provenance, list, dict | None], dict[str, Any]]:
+    main, proven, audited = (folder / name for name in ("ticket.json", "certificates.json", "audit.json"))
+    must(is_ticket(folder), f"{folder} holds no ticket.json: it is not a ticket folder", FileNotFoundError)
+    record = {"mode": "input_only", "schema_version": None} | read_json(main, dict, _AGAIN)
+    schema = record["schema_version"]
+    must(
+        type(schema) is int and schema in (1, _SCHEMA),
+        f"{main} has ticket schema {schema!r:.20}, not 1 to {_SCHEMA}: update kslottery, or copy the ticket again",
+    )
+    with sound(main, _AGAIN):
+        one_of("mode", record["mode"], MODES)
+        facts = Provenance.from_dict(record if schema == _SCHEMA else _from_schema_1(record))
+        ids = _token_ids(record["ids"]).numpy()
+    mend = "remove it, and certify or audit again"
+    stored, audit = _if_there(proven, list, mend) or [], _if_there(audited, dict, mend)
+    with sound(proven, mend):
+        certificates = [Certificate.from_json(json.dumps(one)) for one in stored]
+    with sound(audited, mend):
+        _check_audit(audit)
+    return (ids, facts, certificates, audit), record
 
 # %% ../nbs/11_ticket.ipynb #b0a1c3d8
 class _Bound(_Told):
@@ -778,15 +823,16 @@ class _Adapter(_Bound):
 
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             must(
-                Path(folder, file).is_file(),
+                os.path.isfile(Path(folder, file)),
                 f"{folder} holds no {file}: give a PEFT adapter saved as safetensors",
                 FileNotFoundError,
             )
-        with _sound(folder, "copy the adapter again"):
+        with sound(folder, "copy the adapter again"):
             about = PeftConfig.from_pretrained(folder)
             stored, _ = _tensors(Path(folder, "adapter_model.safetensors"))
+            kind = about.peft_type.value
         known = [f"base_model.model.{m}.trainable_tokens_delta" for m in _modules(model)]  # PEFT stores tied rows twice
-        strange, kind = [name for name in stored if name not in known], about.peft_type.value
+        strange = [name for name in stored if name not in known]
         _demand(
             (
                 kind == "TRAINABLE_TOKENS",
@@ -795,7 +841,8 @@ class _Adapter(_Bound):
             ),
             (not strange and known[0] in stored, f"{folder} holds {', '.join(strange or stored)}: expected {known[0]}"),
         )
-        rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")
+        with sound(folder, "copy the adapter again"):
+            rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")
         rows.fits(model)
         facts = Provenance.of(model, tokenizer, about.token_indices)
         if not facts.model:  # the adapter may know what the model is called
@@ -819,31 +866,79 @@ class _Folder(_Adapter):
         """
         return card(self, figures)
 
-    def _write_texts(self, folder: Path, figure: bytes | None = None) -> None:  # with the figure of an audit
-        measured = {n: column.tolist() for n, column in self.to_frame().items() if n in ("statistic", "pvalue")}
+    def _derived(self) -> dict[str, Any]:  # what ticket.json repeats of the parts, for readers of JSON
+        columns = {} if self.scan is None else {"statistic": self.scan.statistic, "pvalue": self.scan.pvalue}
+        found = {name: column[self.ids].tolist() for name, column in columns.items() if column is not None}
+        known = {name: [x if np.isfinite(x) else None for x in column] for name, column in found.items()}
+        return {"mode": self.mode, "size": len(self.ids), **known}
+
+    def _texts(self, folder: Path, files: dict[str, bytes]) -> dict[str, bytes]:  # all of them, and none is written
+        record = {"schema_version": _SCHEMA, "ids": self.ids.tolist(), **self.provenance.as_dict()}
         known = {
             "certificates.json": [asdict(certificate) for certificate in self.certificates],
             "audit.json": self.audit,
-            "ticket.json": {
-                "schema_version": _SCHEMA,
-                "ids": self.ids.tolist(),
-                **self.provenance.as_dict(),
-                "mode": self.mode,
-                "size": len(self.ids),
-                "peft": self.peft_obstacle or "written",
-                **measured,
-            },
+            "ticket.json": record | {"peft": self.peft_obstacle or "written"} | self._derived(),
         }
-        texts = {n: json.dumps(v, indent=1, ensure_ascii=False, allow_nan=False) + "\n" for n, v in known.items() if v}
-        files = {"audit.png": figure} if figure else {}
-        figures = sorted({p.name for p in folder.glob("*.png")} | files.keys())
-        files |= {name: text.encode() for name, text in texts.items()} | {"README.md": self.card(figures).encode()}
-        for name, content in files.items():
-            with whole_file(folder / name) as part:
-                part.write_bytes(content)
+        figures = {p.name for p in folder.glob("*.png")} | {name for name in files if name.endswith(".png")}
+        with sound("what this ticket holds", "make it of numbers, and of texts in UTF-8"):
+            texts = {n: json.dumps(v, indent=1, ensure_ascii=False, allow_nan=False) for n, v in known.items() if v}
+            made = {name: f"{text}\n".encode() for name, text in texts.items()}
+            return {**files, **made, "README.md": self.card(sorted(figures)).encode()}
+
+    def _write(self, work: Path, texts: dict[str, bytes]) -> None:
+        for name, content in texts.items():
+            (work / name).write_bytes(content)
+        for name, rows in (("rows", self.rows), ("embed_rows", self.embed_rows)):
+            if rows is not None:
+                save_file(
+                    {"ids": rows.ids.cpu().numpy(), "rows": rows.weight.detach().cpu().numpy()},
+                    work / f"{name}.safetensors",
+                )
+        if (scan := self.scan) is not None:
+            known = {"statistic": scan.statistic, "pvalue": scan.pvalue}
+            save_file(
+                {name: np.ascontiguousarray(values) for name, values in known.items() if values is not None},
+                work / "scan.safetensors",  # its metadata are one text, for more than one key come in random order
+                {"scan": json.dumps({"d": scan.d, "criterion": scan.criterion, "decided": scan.decided})},
+            )
+        if self.peft_obstacle is None:
+            self._write_adapter(work)
+
+# %% ../nbs/11_ticket.ipynb #b0a1c3da2
+_MADE = {"ticket.json", "README.md", "adapter_config.json", "adapter_model.safetensors"}  # anew at every save
+
+
+class _Kept(_Folder):
+    _known: ClassVar[Any] = (None, None)  # provenance and audit when the ticket was read or written
+
+    def _become(self, new: Any, folder: Path | None) -> None:
+        self.__dict__.update(vars(new) | {"folder": folder, "_known": (new.provenance, new.audit)})
+
+    def _joined(self, folder: Path) -> Self:  # with what the folder has learnt of it meanwhile
+        (ids, facts, certificates, audit), record = _read_texts(folder)
+        rows, (known, heard) = _read_rows(folder / "rows.safetensors", record["mode"]), self._known
+        here, there = ([i.tolist(), f.fingerprints] for i, f in ((self.ids, self.provenance), (ids, facts)))
+        must(
+            here == there and len({one and one.fingerprint() for one in (rows, self.rows)}) == 1,
+            f"{folder} holds another ticket than this one: load it again, or save this one elsewhere",
+        )
+        now = {f.name: getattr(self.provenance, f.name) for f in fields(facts)}
+        mine = {name: value for name, value in now.items() if value != getattr(known, name, None)}
+        return replace(
+            self,
+            provenance=replace(facts, **mine),
+            certificates=_once(certificates, self.certificates),
+            audit=audit if self.audit in (None, heard) else self.audit,
+        )
+
+    def _lost(self, folder: Path, files: Iterable[str]) -> list[str]:  # what this ticket has nothing to put in place of
+        own = {f"{n}.safetensors" for n in ("rows", "embed_rows", "scan") if getattr(self, n) is not None}
+        return sorted({p.name for p in folder.iterdir() if p.suffix != ".kslottery"} - own - _MADE - {*files})
 
     def save(self, folder: str | Path, extra: dict[str, bytes] | None = None) -> None:
-        """Write the ticket folder, whole or not at all; an older ticket there is replaced.
+        """Write the ticket folder, whole or not at all.
+
+        If the folder holds this ticket already, its certificates, its audit and all other files in it are kept.
 
         Parameters
         ----------
@@ -855,53 +950,62 @@ class _Folder(_Adapter):
         Raises
         ------
         FileExistsError
-            If the folder holds something else.
+            If the folder holds something else, or another ticket with more than this one would replace.
         """
-        hashes = "".join(f"{h}\n" for h in self.sentences).encode()
-        with whole_folder(folder, is_ticket) as work:
-            for name, rows in (("rows", self.rows), ("embed_rows", self.embed_rows)):
-                if rows is not None:
-                    save_file(
-                        {"ids": rows.ids.cpu().numpy(), "rows": rows.weight.detach().cpu().numpy()},
-                        work / f"{name}.safetensors",
-                    )
-            if (scan := self.scan) is not None:
-                known = {"statistic": scan.statistic, "pvalue": scan.pvalue}
-                save_file(
-                    {name: np.ascontiguousarray(values) for name, values in known.items() if values is not None},
-                    work / "scan.safetensors",  # its metadata are one text, for more than one key come in random order
-                    {"scan": json.dumps({"d": scan.d, "criterion": scan.criterion, "decided": scan.decided})},
-                )
-            for name, content in ((extra or {}) | ({"sentences.txt": hashes} if hashes else {})).items():
-                (work / name).write_bytes(content)
-            if self.peft_obstacle is None:
-                self._write_adapter(work)
-            self._write_texts(work)
-        self.folder = Path(folder).absolute()
+        place, hashes = home_path(folder), "".join(f"{h}\n" for h in self.sentences).encode()
+        files, new = (extra or {}) | ({"sentences.txt": hashes} if hashes else {}), None
+        with locked(place):
+            settle(place)
+            lost = self._lost(place, files) if is_ticket(place) else []
+            if not {"embed_rows.safetensors", "scan.safetensors", "sentences.txt"} & {*lost}:
+                with contextlib.suppress(ValueError, FileNotFoundError):  # it is another ticket, or none
+                    new = self._joined(place)
+            if new is not None:
+                with whole_files(place) as work:
+                    new._write(work, new._texts(place, files))
+        if new is None:
+            must(
+                not lost,
+                f"{folder} holds another ticket, and this one has nothing in place of its {', '.join(lost)}: "
+                "name another folder, or move it away",
+                FileExistsError,
+            )
+            with whole_folder(place, lambda path: is_ticket(path) and not self._lost(path, files)) as work:
+                self._write(work, self._texts(work, files))
+        self._become(new or self, place.absolute())
 
 # %% ../nbs/11_ticket.ipynb #b0a1c3da
-class _Notes(_Folder):
+class _Notes(_Kept):
     def _note(
         self,
-        certificates: Sequence[Certificate] = (),
+        certificates: Iterable[Certificate] = (),
         audit: dict[str, Any] | None = None,
         figure: bytes | None = None,
         **facts: Any,
     ) -> None:  # what is new about the ticket, in its folder too, if it has one
-        known = {name: value for name, value in facts.items() if value is not None}
+        known, folder = {name: value for name, value in facts.items() if value is not None}, self.folder
         must(
             "base_model" not in known or _hub_id(known["base_model"]),
             f"base_model is {facts.get('base_model')!r}: give the model's id on the Hub (owner/name), not a path",
         )
-        self.certificates, self.audit = [*self.certificates, *certificates], audit or self.audit
-        self.provenance = replace(self.provenance, **known)
-        if self.folder is not None:
-            must(
-                is_ticket(self.folder),
-                f"{self.folder} holds no ticket.json any more: save the ticket again",
-                FileNotFoundError,
+        with locked(folder) if folder else contextlib.nullcontext():
+            if folder:
+                settle(folder)
+                gone = f"{folder} holds no ticket.json any more: save the ticket again"
+                must(is_ticket(folder), gone, FileNotFoundError)
+            now: Any = self._joined(folder) if folder else self
+            new = replace(
+                now,
+                provenance=replace(now.provenance, **known),
+                certificates=_once(now.certificates, certificates),
+                audit=audit or now.audit,
             )
-            self._write_texts(self.folder, figure)
+            if folder:
+                texts = new._texts(folder, {"audit.png": figure} if figure else {})  # before anything is written
+                with whole_files(folder) as work:
+                    for name, content in texts.items():
+                        (work / name).write_bytes(content)
+            self._become(new, folder)
 
     def remember(self, test: Sequence | None = None, generation: Generation | None = None) -> None:
         """Note how the ticket was evaluated, so that an audit and a certificate find it.
@@ -940,7 +1044,7 @@ class _Notes(_Folder):
         certificates : iterable of Certificate
             What was proven.
         """
-        self._note([c for c in certificates if c not in self.certificates])
+        self._note(certificates)
 
     def add_audit(self, record: dict[str, Any], figure: bytes | None = None) -> None:
         """Keep what an audit found with the ticket; it replaces an older audit.
@@ -1004,46 +1108,21 @@ class Ticket(_Notes):
         FileNotFoundError
             If there is no ticket.json.
         ValueError
-            If a file is damaged or of a newer schema, or the files do not belong together.
+            If a file is damaged or of a newer schema, or the files contradict one another.
         """
-        main, proven, audited, hashes = (
-            Path(folder, name) for name in ("ticket.json", "certificates.json", "audit.json", "sentences.txt")
-        )
-        must(main.is_file(), f"{folder} holds no ticket.json: it is not a ticket folder", FileNotFoundError)
-        with _sound(main):
-            record = {"mode": "input_only", "schema_version": None} | _json(main, dict)
-        must(
-            record["schema_version"] in (1, _SCHEMA),
-            f"{main} has ticket schema {record['schema_version']!r:.20}, not 1 to {_SCHEMA}: update kslottery, or "
-            "copy the ticket again",
-        )
-        with _sound(main):
-            facts = Provenance.from_dict(record if record["schema_version"] == _SCHEMA else _from_schema_1(record))
-            ids = _as_ids(record["ids"])
-        rows, embed_rows = (
-            _read_rows(main.with_name(f"{n}.safetensors"), record["mode"]) for n in ("rows", "embed_rows")
-        )
-        scan = _read_scan(main.with_name("scan.safetensors"))
-        with _sound(proven, "remove it, and certify again"):
-            certificates = [Certificate.from_json(json.dumps(c)) for c in _json(proven, list) or []]
-        with _sound(audited, "remove it, and audit again"):
-            audit = _json(audited, dict)
-            must(
-                audit is None or {type(audit["sentence"]), type(audit["report"])} == {str},
-                "its sentence or its report is no text",
-            )
-        with _sound(folder):
-            return cls(
-                ids,
-                facts,
-                rows,
-                embed_rows,
-                scan,
-                sentences=tuple(hashes.read_text().split()) if hashes.exists() else (),
-                certificates=certificates,
-                audit=audit,
-                folder=Path(folder).absolute(),
-            )
+        home = home_path(folder)
+        with locked(home):
+            settle(home)
+            (ids, facts, certificates, audit), record = _read_texts(home)
+            rows, embed_rows = (_read_rows(home / f"{n}.safetensors", record["mode"]) for n in ("rows", "embed_rows"))
+            scan, hashes = _read_scan(home / "scan.safetensors"), home / "sentences.txt"
+            with sound(folder, _AGAIN):
+                known = readable_file(hashes).read_text(encoding="utf-8").split() if os.path.lexists(hashes) else ()
+                made = cls(ids, facts, rows, embed_rows, scan, tuple(known), certificates, audit)
+                wrong = [name for name, value in made._derived().items() if record.get(name, value) != value]
+                must(not wrong, f"ticket.json says another {', '.join(wrong)} than its rows and its scan")
+        made._become(made, home.absolute())
+        return made
 
 # %% ../nbs/11_ticket.ipynb #f345ecdb
 class TicketBank:

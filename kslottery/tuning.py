@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .core import check_types, plain
+from .core import check_field_types, plain
 from .data import Example
 from .rows import MODES, TunedRows
 from .training import Engine, Training, _check_numbers, train
@@ -111,8 +111,8 @@ class Recipe:
         """
         try:
             made = cls(**{**values, "engine": Engine(**values.get("engine", {}))})
-            check_types(made)
-            check_types(made.engine)
+            check_field_types(made)
+            check_field_types(made.engine)
             return made
         except (AttributeError, OverflowError, TypeError) as error:
             raise ValueError(f"this is no recipe ({plain(str(error))}): was it written by another version?") from error

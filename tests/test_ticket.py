@@ -584,8 +584,9 @@ def test_what_is_added_is_written_where_the_ticket_lives(tmp_path):
 def test_an_audit_that_the_card_cannot_hold_changes_nothing(tmp_path):
     ticket_for(tiny_model("llama")).save(tmp_path / "t")
     before = {p.name: p.read_bytes() for p in (tmp_path / "t").iterdir()}
-    with pytest.raises(KeyError):
-        Ticket.load(tmp_path / "t").add_audit({"sentence": "no report"}, b"png")
+    for audit in ({"sentence": "no report"}, {"sentence": "x", "report": "y", "decomposition": []}):
+        with pytest.raises(ValueError, match="audit again"):
+            Ticket.load(tmp_path / "t").add_audit(audit, b"png")
     assert {p.name: p.read_bytes() for p in (tmp_path / "t").iterdir()} == before
 
 
