@@ -85,7 +85,7 @@ _PAGE = jinja2.Template(
 
 {{ quoted(ticket.audit.report) if ticket.audit else "Not audited." }}
 {% for name in figures %}
-![{{ quote(name.removesuffix(".png")) }}]({{ quote(name) }})
+![{{ quote(name.removesuffix(".png"), "") }}]({{ quote(name, "") }})
 {% endfor %}
 ## Certificates
 

@@ -12,6 +12,7 @@ __all__ = ['plain', 'must', 'one_of', 'check_field_types', 'bar_label', 'progres
 # %% ../nbs/00_core.ipynb #518e152b
 import contextlib
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -23,7 +24,6 @@ import tempfile
 import unicodedata
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -98,8 +98,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, kind) for kind in kinds)
     if whole is dict:
         return isinstance(value, dict) and all(_fits(k, kinds[0]) and _fits(v, kinds[1]) for k, v in value.items())
-    if whole is not None:  # tuple[str, ...], say
-        return isinstance(value, whole) and all(_fits(one, kinds[0]) for one in value)
+    if whole is not None:  # tuple[str, ...], say; of many elements one of each type is looked at
+        return isinstance(value, whole) and all(_fits(one, kinds[0]) for one in {type(v): v for v in value}.values())
     if hint in (int, float):  # an int is a float, too, but True is neither
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
@@ -118,13 +118,11 @@ def check_field_types(record: Any) -> None:
     TypeError
         If a field, or an element of one, is of another type.
     """
-    hints = get_type_hints(type(record))
-    for name in (field.name for field in fields(record)):
-        hint = hints[name]
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        named = ("nothing" if k is NoneType else k.__name__ if isinstance(k, type) else str(k) for k in kinds)
-        value = getattr(record, name)
-        must(_fits(value, hint), f"{name} is {value!r:.60}: it must be {' or '.join(named)}", TypeError)
+    for name, hint in get_type_hints(type(record)).items():
+        if name in record.__dataclass_fields__ and not _fits(value := getattr(record, name), hint):
+            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            named = ("nothing" if k is NoneType else k.__name__ if isinstance(k, type) else str(k) for k in kinds)
+            must(False, f"{name} is {value!r:.60}: it must be {' or '.join(named)}", TypeError)
 
 # %% ../nbs/00_core.ipynb #9fc0bb72
 def bar_label(progress: bool | str, default: str) -> tuple[str, bool]:
@@ -673,7 +671,11 @@ def whole_files(folder: str | Path) -> Iterator[Path]:
         (work := room / "work").mkdir()
         yield work
         for file in work.iterdir():
-            _finish(file)
+            there = folder / file.name
+            if there.is_file() and filecmp.cmp(file, there, shallow=False):
+                file.unlink()  # nothing new
+            else:
+                _finish(file)
         os.rename(work, room / "done")  # from here on there is only forward
 
 

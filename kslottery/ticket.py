@@ -396,8 +396,9 @@ def _check_scan(scan: Scan, d: int) -> None:
 
 
 def _check_audit(audit: dict[str, Any] | None) -> None:  # what the card needs of it
-    found = audit.get("decomposition", {}) if audit is not None else {}
-    said = () if audit is None else (audit.get("sentence"), audit.get("report"), found.get("metric", ""))
+    known: dict[str, Any] = {"sentence": "", "report": ""} if audit is None else audit
+    found = known.get("decomposition", {})
+    said = [known.get("sentence"), known.get("report"), found.get("metric", "") if isinstance(found, dict) else None]
     must(all(isinstance(one, str) for one in said), "its sentence, its report or its metric is no text: audit again")
 
 
