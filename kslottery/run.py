@@ -52,9 +52,9 @@ def find_notebook(name: str | Path, suffix: str = ".ipynb") -> Path:
     FileNotFoundError
         If there is none; it names the tutorials there are.
     """
-    for candidate in (Path(name).expanduser(), _TUTORIALS / f"{name}{suffix}"):
-        if candidate.is_file():
-            return candidate
+    for candidate in (os.path.expanduser(name), _TUTORIALS / f"{name}{suffix}"):
+        if os.path.isfile(candidate):
+            return Path(candidate)
     raise FileNotFoundError(
         f"there is no {'notebook' if suffix == '.ipynb' else 'settings file'} {name}: "
         "give a path, or a name that comes with kslottery "
@@ -133,8 +133,10 @@ def _checked(name, value, default):
     # the value in the type of the default; a text is read as a number or truth value if one is needed
     kind = type(default)
     read = _value(value) if isinstance(value, str) and kind is not str else value
-    if type(read) in (int, float) and (kind is float or kind is int and float(read).is_integer()):
-        return kind(read)
+    if kind is float and type(read) is int and abs(read) <= sys.float_info.max:
+        return float(read)
+    if kind is int and type(read) is float and read.is_integer():
+        return int(read)
     must(
         type(read) is kind,
         f"parameter {name} is {value!r}: it must be {_KINDS.get(kind, f'a {kind.__name__}, from a file (-f)')}",
@@ -413,6 +415,10 @@ def _math(text, made):
     )
 
 # %% ../nbs/17_run.ipynb #b7713a0d
+# What leads a reader elsewhere without a click, or asks for his words; SVG's <metadata> is none of them.
+_LEADS_AWAY = re.compile(r"<(?=/?(?:meta|base|form|link)(?:[\s/>]|$))", re.IGNORECASE)
+
+
 def _colours(style):
     from pygments.formatters import HtmlFormatter
 
@@ -490,4 +496,6 @@ def write_report(notebook: Path, report: Path) -> None:
         exclude_output_prompt=True,
         exclude_anchor_links=True,
     ).from_notebook_node(executed, {"report": facts})
-    write_text(report, re.sub("\ue000\\d+\ue001", lambda mark: formulas.get(mark[0], mark[0]), html))
+    html = re.sub("\ue000\\d+\ue001", lambda mark: formulas.get(mark[0], mark[0]), html)
+    head, start, body = html.partition("<main>")
+    write_text(report, head + start + _LEADS_AWAY.sub("&lt;", body))
