@@ -8,7 +8,9 @@ __all__ = ['app', 'run', 'scan', 'certify', 'audit', 'merge', 'convert', 'card',
 # %% ../nbs/19_cli.ipynb #b4ded6be
 import dataclasses
 import json
+import re
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,9 +19,24 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 import kslottery
-from .core import load_model, must, quiet_transformers, refuse_strangers, run_folder, whole_file, whole_folder
+from kslottery.core import (
+    home_path,
+    load_model,
+    load_tokenizer,
+    must,
+    plain,
+    quiet_transformers,
+    read_json,
+    readable_file,
+    refuse_strangers,
+    run_folder,
+    sound,
+    whole_file,
+    whole_folder,
+)
 from kslottery.run import (
     NotebookFailed,
     dry_run,
@@ -31,13 +48,65 @@ from kslottery.run import (
     write_report,
 )
 
+# %% ../nbs/19_cli.ipynb #d08c1e57
+class _Stopped(SystemExit):  # by a signal: nothing between here and `main` takes it for an error or a Ctrl-C of its own
+    pass
+
+
+def _stop(number, frame):
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)
+    raise _Stopped(128 + number)
+
+
+def _fail(message: object, status: int) -> NoReturn:
+    line = re.sub(r"\s*\n\s*", " ", str(message).strip())
+    with suppress(OSError):  # the terminal may be gone
+        typer.echo(f"kslottery: {plain(line)}", err=True)
+    raise SystemExit(status)
+
+
+@contextmanager
+def _kept(words: str) -> Iterator[None]:  # what is left if the block is interrupted
+    try:
+        yield
+    except (KeyboardInterrupt, _Stopped) as stop:
+        stop.add_note(words)
+        raise
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    # Says in one sentence what goes wrong; the notes of an error are what was found and could not be kept.
+    try:
+        yield
+    except BrokenPipeError:  # who read the answer has gone (`| head`): no fault of the command
+        raise
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        found: Any = getattr(error, "__notes__", ())
+        typer.echo("".join(f"{note}\n" for note in found), err=True, nl=False)
+        if isinstance(error, OSError) and error.strerror:  # the system's own words
+            place = error.filename or "standard output"
+            _fail(f"{place} cannot be written or read ({error.strerror}): name another place", 2)
+        _fail(error, 2)
+    except (KeyboardInterrupt, _Stopped) as stop:
+        kept: Any = getattr(stop, "__notes__", ["nothing is half-written: give the same command again"])
+        _fail(f"interrupted; {kept[0]}", getattr(stop, "code", 130))
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx):
+        with _whole(), nullcontext() if sys.stderr.isatty() else follow_bars(sys.stderr):  # which shows bars itself
+            return super().invoke(ctx)
+
 # %% ../nbs/19_cli.ipynb #e761bf12
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Find, tune, certify and doubt winning tickets in the embedding layer of language models.",
     epilog="Exit status: 0 it went well; 1 the work itself failed (a cell of a notebook, say); "
-    "2 the command or its input was refused; 130 interrupted.",
+    "2 the command or its input was refused; 130 interrupted (129 and 143: by another signal).",
 )
 
 
@@ -56,33 +125,21 @@ def _root(
     pass
 
 
-def _fail(message: object, status: int) -> NoReturn:
-    typer.echo(f"kslottery: {message}", err=True)
-    raise typer.Exit(status)
-
-
-@contextmanager
-def _whole(kept: str = "nothing was written") -> Iterator[None]:
-    # Around a command or a block of it: shows progress, and says in one sentence what goes wrong and, after an
-    # interruption, what is left.
-    from safetensors import SafetensorError
-
-    try:
-        with nullcontext() if sys.stderr.isatty() else follow_bars(sys.stderr):  # a terminal shows the bars itself
-            yield
-    except BrokenPipeError:  # who read the answer has gone (`| head`): no fault of the command
-        raise
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, SafetensorError) as error:
-        _fail(str(error).strip().split("\n")[0], 2)
-    except KeyboardInterrupt:
-        _fail(f"interrupted; {kept}", 130)
-
-
 def _say(record: Any, as_json: bool, *lines: object) -> None:
     typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(map(str, lines)))
 
+
+def _home(path: Path | None) -> Path | None:  # no shell writes out the ~ of --out=~/ticket
+    return path and home_path(path)
+
+
+def _text(path: Path) -> str:
+    file = readable_file(path)
+    with sound(path, "save it as a text in UTF-8, or name another file"):
+        return file.read_text(encoding="utf-8")
+
 # %% ../nbs/19_cli.ipynb #7a4b08b8
-_Ticket = Annotated[Path, typer.Argument(help="The ticket folder.")]
+_Ticket = Annotated[Path, typer.Argument(callback=_home, help="The ticket folder.")]
 _Model = Annotated[
     str, typer.Option(help="The base model, a folder or a Hub id (default: the one that the ticket or adapter names).")
 ]
@@ -187,7 +244,6 @@ def _dry(path, chosen, made):
 
 
 @app.command()
-@_whole()
 def run(
     notebook: Annotated[str, typer.Argument(help="A tutorial's name or the path of a notebook.")] = "quickstart",
     parameter: _Parameters = None,
@@ -204,14 +260,14 @@ def run(
     chosen = parse_parameters(
         parameter or [], defaults, find_notebook(parameters_file, ".yaml") if parameters_file else None
     )
-    place = Path(chosen.get("out", defaults.get("out", f"runs/{path.stem}")))
+    place = home_path(str(chosen.get("out", defaults.get("out")) or f"runs/{path.stem}"))
     executed, report, results = (place / name for name in (f"{path.stem}.ipynb", "report.html", "results.json"))
     made = [folder for folder in (place, *place.parents) if not folder.exists()]
     run_folder(place, {executed.name, report.name, results.name, "outputs", "ticket", "model"})
     if dry:
         plan = _dry(path, chosen, made)
         return _say({"plan": plan}, as_json, plan)
-    with _whole(f"the notebook so far: {executed}"):
+    with _kept(f"the notebook so far: {executed}"):
         try:
             execute(path, executed, chosen)
         except NotebookFailed as error:
@@ -242,11 +298,31 @@ _Counts = Annotated[
     typer.Option(help="JSON list: how often each token occurs, for the figure and for --criterion frequency."),
 ]
 _Csv = Annotated[
-    Path | None, typer.Option(metavar="FILE.csv", help="Write the whole scan as a table, too, best row first.")
+    Path | None,
+    typer.Option(callback=_home, metavar="FILE.csv", help="Write the whole scan as a table, too, best row first."),
 ]
 
 
-def _say_scan(found, ticket, out, csv, as_json):
+_SCANNED = {"ticket.json", "README.md", "rows.safetensors", "scan.safetensors", "adapter_config.json"}
+_SCANNED |= {"adapter_model.safetensors", "rank.png", "pvalues.png", "frequency.png", "layers.png", "layers.json"}
+
+
+def _refuse_more_than_a_scan(out):
+    from kslottery.ticket import is_ticket
+
+    refuse_strangers(out, is_ticket)
+    if is_ticket(out):
+        tuned = ["tuned rows"] * (not read_json(out / "ticket.json", dict).get("tensor"))
+        more = ", ".join(sorted({path.name for path in out.iterdir()} - _SCANNED) + tuned)
+        must(
+            not more,
+            f"{out} is a ticket with more than a scan could make again ({more}): name another folder with --out, or "
+            "move it away",
+            FileExistsError,
+        )
+
+
+def _say_scan(found, ticket, out, csv, as_json):  # out and csv as far as they could be written
     facts, matched = ticket.provenance, found.match
     record = {
         "size": len(ticket.ids),
@@ -257,7 +333,7 @@ def _say_scan(found, ticket, out, csv, as_json):
         "changed": facts.changed,
         "matched": matched and {name: getattr(matched, name) for name in ("by", "new", "gone", "padding")},
         "apart": found.apart,
-        "out": str(out),
+        "out": out and str(out),
         "csv": csv and str(csv),
     }
     same = "" if facts.changed or not record["size"] else ": both checkpoints hold the same, and no row is a winner"
@@ -267,19 +343,18 @@ def _say_scan(found, ticket, out, csv, as_json):
         f"{found.tensor}: {facts.changed:,} of {facts.V:,} rows changed at all{same}.",
         *filter(None, [found.note]),
         f"\n{ticket}\n",
-        f"The ticket, the scan and its figures: {out}",
+        *([f"The ticket, the scan and its figures: {out}"] if out else []),
         *([f"The whole scan as a table: {csv}"] if csv else []),
     )
 
 # %% ../nbs/19_cli.ipynb #b0332044
 @app.command()
-@_whole()
 def scan(
     base: Annotated[
         str, typer.Argument(help="The checkpoint before tuning: a folder, a .safetensors file or a Hub id.")
     ],
     tuned: Annotated[str, typer.Argument(help="The checkpoint after tuning.")],
-    out: Annotated[Path, typer.Option(help="The ticket folder to write.")] = Path("ticket"),
+    out: Annotated[Path, typer.Option(callback=_home, help="The ticket folder to write.")] = Path("ticket"),
     alpha: Annotated[float, typer.Option(help="Rows with a p-value below alpha form the ticket.")] = 0.05,
     top_k: Annotated[int, typer.Option(help="Take so many best rows instead.")] = 0,
     correction: Annotated[str | None, typer.Option(help="bonferroni or bh.")] = None,
@@ -300,9 +375,9 @@ def scan(
     Example: kslottery scan llama-base llama-tuned --alpha 0.05 --out ticket
     """
     from kslottery.checkpoints import Checkpoint, scan_checkpoints, scan_figures
-    from kslottery.ticket import Selection, is_ticket
+    from kslottery.ticket import Selection
 
-    refuse_strangers(out, is_ticket)
+    _refuse_more_than_a_scan(out)
     Selection(criterion, alpha, top_k, correction)  # a bad value is refused before the work
     must(
         top_k or criterion in ("ks", "sign"),
@@ -312,7 +387,7 @@ def scan(
         csv is None or csv.suffix == ".csv" and csv.absolute().parent.is_dir() and not csv.is_dir(),
         f"--csv is {csv}: name a file that ends in .csv, in a folder that exists",
     )
-    numbers = json.loads(counts.read_text(encoding="utf-8")) if counts else None
+    numbers = read_json(counts, list, "write a list with a number for each token") if counts else None
     found = scan_checkpoints(
         Checkpoint(base, tokenizer) if tokenizer else base,
         tuned,
@@ -323,12 +398,18 @@ def scan(
         device=device,
         progress=True,
     )
-    ticket = found.ticket(alpha, top_k=top_k, correction=correction)
-    ticket.save(out, scan_figures(found, ticket, counts=numbers, everything=everything))
-    if csv:
-        with whole_file(csv) as part:
-            found.table(numbers).to_csv(part, index=False)
-    _say_scan(found, ticket, out, csv, as_json)
+    ticket, written = found.ticket(alpha, top_k=top_k, correction=correction), dict[str, Any]()
+    try:
+        figures = scan_figures(found, ticket, counts=numbers, everything=everything)
+        _refuse_more_than_a_scan(out)  # meanwhile
+        ticket.save(out, figures)
+        written["out"] = out
+        if csv:
+            with whole_file(csv) as part:
+                found.table(numbers).to_csv(part, index=False)
+            written["csv"] = csv
+    finally:  # what was found is said even if it cannot be kept
+        _say_scan(found, ticket, written.get("out"), written.get("csv"), as_json)
 
 # %% ../nbs/19_cli.ipynb #dd601e95
 _Calibration = Annotated[
@@ -363,7 +444,10 @@ _Pilot = Annotated[
 ]
 _Until = Annotated[
     Path | None,
-    typer.Option(help="A manifest (it is written first): add sentences in its order until the certificate holds."),
+    typer.Option(
+        callback=_home,
+        help="A manifest (it is written first): add sentences in its order until the certificate holds.",
+    ),
 ]
 _Reference = Annotated[
     str, typer.Option(help="A checkpoint to be compared with (default: the Embed-Tuned rows in the ticket).")
@@ -388,7 +472,7 @@ def _say_plan(fresh, asked, figure, as_json):
 
 def _numbers(path):
     try:
-        return [float(word) for word in path.read_text(encoding="utf-8").split()] if path else None
+        return [float(word) for word in _text(path).split()] if path else None
     except ValueError:
         raise ValueError(f"{path} is no pilot: it must hold numbers, one loss or difference a line") from None
 
@@ -400,10 +484,9 @@ def _words(one, full):  # of a certificate; and the price of looking, if sentenc
 
 # %% ../nbs/19_cli.ipynb #b04e5c27
 @app.command()
-@_whole()
 def certify(
     epsilon: Annotated[float, typer.Option(help="The loss that is tolerated (0.02 of quality is 2 chrF points).")],
-    ticket: Annotated[Path | None, typer.Argument(help="The ticket folder.")] = None,
+    ticket: Annotated[Path | None, typer.Argument(callback=_home, help="The ticket folder.")] = None,
     calibration: _Calibration = "",
     delta: Annotated[float, typer.Option(help="The chance of a wrong certificate that is accepted.")] = 0.05,
     ladder: _Ladder = "transfer",
@@ -412,7 +495,7 @@ def certify(
     sd: Annotated[float | None, typer.Option(help="With --plan: the spread expected (0.06: 6 points).")] = None,
     pilot: _Pilot = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="With --plan: so many sentences.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="With --plan: a PNG of the power.")] = None,
+    figure: Annotated[Path | None, typer.Option(callback=_home, help="With --plan: a PNG of the power.")] = None,
     until: _Until = None,
     n_plan: Annotated[int | None, typer.Option(min=1, help="With --until: sentences planned (all).")] = None,
     reference: _Reference = "",
@@ -445,7 +528,7 @@ def certify(
         train=_pairs(found, "train", train, spoken) if found and (train or ladder == "tuning") else None,
         prompt=prompt,
         generation=_generation(found, max_new_tokens=max_new_tokens, batch_size=batch_size) if found else None,
-        groups=groups.read_text(encoding="utf-8").splitlines()[: len(fresh or ())] if groups else None,
+        groups=_text(groups).splitlines()[: len(fresh or ())] if groups else None,
         vouched=vouched,
         until=until,
         n_plan=n_plan,
@@ -460,9 +543,12 @@ def certify(
         other = load_model(reference, dtype=found.provenance.dtype)[0] if reference else None
         more: Any = dict(epsilon=epsilon, delta=delta, reference=other, settings=settings)
         done = kslottery.certify_ticket(_sourced(found, model, revision), fresh, **more)
-    found.add_certificates(done)
-    words = [*(_words(c, full) for c in done), f"Kept in {found.folder / 'certificates.json'}"]
-    _say([json.loads(c.to_json()) for c in done], as_json, *words)
+    words = [_words(c, full) for c in done]
+    try:
+        found.add_certificates(done)
+        words.append(f"Kept in {found.folder / 'certificates.json'}")
+    finally:  # what was proven is said even if it cannot be kept
+        _say([json.loads(c.to_json()) for c in done], as_json, *words)
 
 # %% ../nbs/19_cli.ipynb #1c4738eb
 _Tuned = Annotated[
@@ -479,6 +565,18 @@ _Fast = Annotated[
 _Metric = Annotated[str, typer.Option(help="What the verdict counts in: bleu, chrf, chrf++, ter, spbleu or spbleu200.")]
 
 # %% ../nbs/19_cli.ipynb #46727b18
+def _say_audit(done, out, card, as_json):
+    _say(
+        done.as_dict(),
+        as_json,
+        *(f"{check.result:>11}  {check.finding}. {check.sentence}" for check in done.checks),
+        f"\nThe report, the figure and every text: {out}",
+        *card,
+        *("", *(f"* {line}" for line in done.lines)),
+        f"\n{done.sentence}",
+    )
+
+
 @app.command()
 def audit(
     ticket: _Ticket,
@@ -491,7 +589,8 @@ def audit(
     delta: Annotated[float, typer.Option(help="Points of the metric that count as no change.")] = 1.0,
     groups: _Groups = None,
     out: Annotated[
-        Path | None, typer.Option(help="The folder for texts, numbers, report and figure (default: TICKET/audit).")
+        Path | None,
+        typer.Option(callback=_home, help="The folder for texts, numbers, report and figure (default: TICKET/audit)."),
     ] = None,
     num_beams: Annotated[
         int | None, typer.Option(min=1, help="Beams; 1 is greedy (default: as the ticket was evaluated, or 1).")
@@ -512,7 +611,7 @@ def audit(
     Example: kslottery audit runs/quickstart/ticket --train train.tsv --test test.tsv
     """
     out = out or ticket / "audit"
-    with _whole(f"finished arms are kept in {out}: run the same command to go on"):
+    with _kept(f"finished arms are kept in {out}: run the same command to go on"):
         found = kslottery.Ticket.load(ticket)
         prompt = _prompt(found, template, languages)
         fresh = _pairs(found, "test", test, prompt.languages, limit)
@@ -520,7 +619,7 @@ def audit(
             fast=fast,
             metric=metric,
             delta=delta,
-            groups=groups.read_text(encoding="utf-8").splitlines()[: len(fresh)] if groups else None,
+            groups=_text(groups).splitlines()[: len(fresh)] if groups else None,
             prompt=prompt,
             generation=_generation(found, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size),
             bootstrap=kslottery.Bootstrap(samples=samples, seed=seed),
@@ -532,23 +631,18 @@ def audit(
             out=out,
             settings=settings,
         )
-        found.add_audit(done.as_dict(), (out / "audit.png").read_bytes())
-    _say(
-        done.as_dict(),
-        as_json,
-        *(f"{check.result:>11}  {check.finding}. {check.sentence}" for check in done.checks),
-        f"\nThe report, the figure and every text: {out}",
-        f"The card: {ticket / 'README.md'}\n",
-        *(f"* {line}" for line in done.lines),
-        f"\n{done.sentence}",
-    )
+        card = []
+        try:
+            found.add_audit(done.as_dict(), (out / "audit.png").read_bytes())
+            card.append(f"The card: {ticket / 'README.md'}")
+        finally:  # what was found is said even if the ticket cannot keep it
+            _say_audit(done, out, card, as_json)
 
 # %% ../nbs/19_cli.ipynb #74520e4c
 @app.command()
-@_whole()
 def merge(
     ticket: _Ticket,
-    out: Annotated[Path, typer.Option(help="The checkpoint folder to write: new, or empty.")],
+    out: Annotated[Path, typer.Option(callback=_home, help="The checkpoint folder to write: new, or empty.")],
     model: _Model = "",
     revision: _Revision = "",
     as_json: _Json = False,
@@ -564,17 +658,15 @@ def merge(
         f"{ticket} has no tuned rows, and merged it would be the base model: "
         "tune rows first, or scan an input embedding",
     )
+    must(source.model, f"{ticket} does not say which model it was made for: name it with --model")
     with whole_folder(out, is_own=lambda path: False) as work, quiet_transformers():
-        from transformers import AutoTokenizer
-
         base, tokenizer = load_model(source.model, source.revision, dtype=source.dtype, device="cpu")
         found.check(base, tokenizer)
         before = base.num_parameters()  # tied matrices count once
         rows.write(base).save_pretrained(work)
         added = (base.num_parameters() - before) * base.dtype.itemsize / 1e6
         # as it was: load_model may have named a padding token
-        own = AutoTokenizer.from_pretrained(source.model, revision=source.revision, trust_remote_code=False)
-        own.save_pretrained(work)
+        load_tokenizer(source.model, source.revision).save_pretrained(work)
     record = {name: getattr(source, name) for name in ("model", "revision")}
     untied = (
         f"Input and output embeddings were tied and are two matrices now, {added:,.1f} MB more: the rows change the "
@@ -590,10 +682,14 @@ def merge(
 
 # %% ../nbs/19_cli.ipynb #8d2f3b17
 @app.command("peft")
-@_whole()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A ticket folder, or the folder of a PEFT TrainableTokens adapter.")],
-    out: Annotated[Path, typer.Option(help="The folder to write: a PEFT adapter, or a ticket.")],
+    source: Annotated[
+        Path,
+        typer.Argument(callback=_home, help="A ticket folder, or the folder of a PEFT TrainableTokens adapter."),
+    ],
+    out: Annotated[
+        Path, typer.Option(callback=_home, help="The folder to write: a PEFT adapter, or a ticket; new, or empty.")
+    ],
     form: Annotated[
         str,
         typer.Option(
@@ -618,18 +714,19 @@ def convert(
     else:
         must(form != "lora", f"{source} is no ticket folder, and --as says how a ticket is written: leave it out")
         adapter = source / "adapter_config.json"
-        stated = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
-        if not (named := model or stated.get("base_model_name_or_path")):
-            raise ValueError(
-                f"{source} is neither a ticket folder nor a PEFT adapter that names its base model: "
-                "give another folder, or --model"
-            )
+        stated = read_json(adapter, dict) if adapter.is_file() else {}
+        named: Any = model or stated.get("base_model_name_or_path")
+        must(
+            isinstance(named, str) and named,
+            f"{source} is neither a ticket folder nor a PEFT adapter that names its base model: "
+            "give another folder, or --model",
+        )
+        refuse_strangers(out, lambda path: False)  # before the model is loaded
         Ticket.from_peft(source, *load_model(named, revision or None, device="cpu")).save(out)
         _say({"out": str(out), "holds": "ticket"}, as_json, f"The ticket: {out}")
 
 # %% ../nbs/19_cli.ipynb #632a0376
 @app.command()
-@_whole()
 def card(
     ticket: _Ticket,
     refresh: Annotated[
@@ -660,18 +757,17 @@ def card(
         **{name: getattr(found.provenance, name) for name in ("model", "base_model", "license")},
         "verdict": (found.audit or {}).get("verdict"),
         "certificates": len(found.certificates),
-        "text": path.read_text(encoding="utf-8"),
+        "text": _text(path),
     }
     _say(record, as_json, f"The card, written again: {path}" if changed else record["text"].rstrip())
 
 # %% ../nbs/19_cli.ipynb #aa247d10
 @app.command()
-@_whole()
 def babel(
     seed: _Seed = 0,
     size: Annotated[str, typer.Option(help="default, or small: a quarter of the time to build.")] = "default",
     out: Annotated[
-        Path | None, typer.Option(help="A folder for a copy of it (default: it stays in the cache).")
+        Path | None, typer.Option(callback=_home, help="A folder for a copy of it (default: it stays in the cache).")
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -679,9 +775,12 @@ def babel(
 
     Example: kslottery babel --seed 7 --size small --out world
     """
+    if out:
+        refuse_strangers(out, lambda path: (path / "babel.json").exists())  # before it is built
     world = kslottery.build_world(seed, size)
     if out:
-        with whole_folder(out, is_own=lambda path: (path / "babel.json").exists()) as work:
+        built = {path.name for path in world.folder.iterdir()}
+        with whole_folder(out, is_own=lambda path: {"babel.json"} <= {p.name for p in path.iterdir()} <= built) as work:
             shutil.copytree(world.folder, work, dirs_exist_ok=True)
         world = dataclasses.replace(world, folder=out)
     pairs = {name: kslottery.load_pairs(world.split(name)) for name in ("train", "dev", "test", "calibration")}
@@ -721,4 +820,15 @@ def doctor(as_json: _Json = False) -> None:
 
 def main() -> None:
     "Run the command `kslottery`."
-    app()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    try:
+        with _whole():
+            app()
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # it was said, and Python would say it again at its end
+            with suppress(OSError):
+                sys.stdout.close()

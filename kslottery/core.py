@@ -431,8 +431,8 @@ def told(path: str | Path, room: Path | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = re.search(r"os error 28\b|No space left|Disk quota", str(error))
-        number = getattr(error, "errno", None) or (errno.ENOSPC if full else None)
+        said = re.search(r"os error (\d+)|No space left|Disk quota", str(error))
+        number = getattr(error, "errno", None) or (said and int(said[1] or errno.ENOSPC))
         if number is None or isinstance(error, BrokenPipeError):
             raise
         named = getattr(error, "filename", None)

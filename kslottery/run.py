@@ -62,6 +62,9 @@ def find_notebook(name: str | Path, suffix: str = ".ipynb") -> Path:
     )
 
 # %% ../nbs/17_run.ipynb #8f3a6e10
+_UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)  # what Python says of a text that is no value
+
+
 def _assigned(source):
     # what a cell assigns: the name and the tree of each value
     found = {}
@@ -94,18 +97,21 @@ def notebook_defaults(path: Path) -> dict[str, Any]:
 
     try:
         notebook = nbformat.read(path, as_version=4)
+        language = (
+            notebook.metadata.get("kernelspec", {}).get("language")
+            or notebook.metadata.get("language_info", {}).get("name")
+            or "python"
+        )
+        tagged = "\n".join(cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     except Exception as error:
-        raise ValueError(f"{path} is not a notebook ({str(error).splitlines()[0][:100]})") from None
-    language = (
-        notebook.metadata.get("kernelspec", {}).get("language")
-        or notebook.metadata.get("language_info", {}).get("name")
-        or "python"
+        raise ValueError(f"{path} is not a notebook ({str(error).split(chr(10))[0][:100]})") from None
+    must(
+        str(language).lower() == "python",
+        f"{path} is a notebook for {language}: only Python notebooks can be run here",
     )
-    must(language.lower() == "python", f"{path} is a notebook for {language}: only Python notebooks can be run here")
-    tagged = (cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     try:
-        return {name: ast.literal_eval(value) for name, value in _assigned("\n".join(tagged)).items()}
-    except (SyntaxError, ValueError, TypeError) as error:
+        return {name: ast.literal_eval(value) for name, value in _assigned(tagged).items()}
+    except (TypeError, *_UNREADABLE) as error:
         raise ValueError(f"the parameters cell of {path} holds more than plain values ({error})") from None
 
 # %% ../nbs/17_run.ipynb #a48818c0
@@ -125,7 +131,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def _value(text):
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except _UNREADABLE:
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
@@ -149,7 +155,7 @@ def _from_file(path):
 
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, *_UNREADABLE) as error:
         raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]})") from None
     must(
         isinstance(found, dict) and all(isinstance(name, str) for name in found),
