@@ -17,7 +17,7 @@ import numpy as np
 import scipy
 from jinja2 import Template
 
-from .core import fingerprint, must, to_accelerator, whole_file, write_json, write_text
+from .core import fingerprint, home_path, must, settle, to_accelerator, told, whole_files, write_json
 from .data import INSTRUCTION, Example, Pair, Prompt, Role, encode_all, seen_before, token_counts, token_text
 from .decomposition import Bootstrap, Decomposition, Interval, decompose, forced_stop, recovery, simultaneous
 from .evaluation import METRICS, Generation, Translation, score, signatures, translate
@@ -777,6 +777,7 @@ def _prints(bench, arms) -> dict[str, str]:
 
 # The translations in an arm's file, or None if there are none that fit.
 def _stored(path: Path, print_: str) -> list[Translation] | None:
+    settle(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return (
@@ -784,13 +785,14 @@ def _stored(path: Path, print_: str) -> list[Translation] | None:
             if found["fingerprint"] == print_
             else None
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 # %% ../nbs/14_audit.ipynb #395ccc99
 # What each arm writes, by its key: taken over from the folder, or generated and kept there.
 def _translated(bench, arms, folder):
-    folder.mkdir(parents=True, exist_ok=True)
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     todo = [arm for arm in arms if arm.rows != "cut"]
     prints, done, texts = _prints(bench, todo), dict[str, list](), dict[str, list]()
     for n, arm in enumerate(todo, 1):
@@ -905,6 +907,26 @@ def _judged(bench, texts, facts) -> Audit:
         facts,
     )
 
+# %% ../nbs/14_audit.ipynb #3c1d5e88
+def _refuse_another(folder):
+    taken = [name for name in ("audit.json", "audit.md", "audit.png") if (folder / name).exists()]
+    must(
+        not taken or (folder / "arms").is_dir(),
+        f"{folder} holds {''.join(taken[:1])} but no arms, so no audit wrote it: name another folder, or move it away",
+        FileExistsError,
+    )
+
+
+def _write(audit, folder):
+    try:
+        with whole_files(folder) as part:
+            (part / "audit.png").write_bytes(png(plot_audit, audit))
+            (part / "audit.md").write_text(audit.table(), encoding="utf-8")
+            write_json(part / "audit.json", audit.as_dict())
+    except OSError as error:
+        error.add_note(str(audit))
+        raise
+
 # %% ../nbs/14_audit.ipynb #70d2b3fc
 def audit_ticket(
     ticket: Ticket,
@@ -945,12 +967,17 @@ def audit_ticket(
         If the ticket is empty, has no rows or was made for another model; if test sentences were used for tuning, or
         training pairs are not the ticket's; if the ticket does not allow an arm of the settings, the groups are not
         one for each sentence, or the metric returns something that is no score.
+    FileExistsError
+        If there is an `audit.md` (say) in the folder that no audit wrote.
 
     References
     ----------
     The study of 2026 (unreviewed; repository Nhckdvrl/ssn-group-papaer, commit 81e319fd); `plan_arms`, `decompose`,
     `simultaneous` and `null_overlap` say what is added to it.
     """
+    place = out or (ticket.folder and Path(ticket.folder) / "audit")
+    if place:
+        _refuse_another(place := home_path(place))
     bench = _bench(ticket, test, train, model, tokenizer, settings or AuditSettings())
     asked, counts = bench.settings, token_counts(bench.train_set or bench.test_set, ticket.provenance.V)
     facts = {
@@ -966,12 +993,9 @@ def audit_ticket(
         "arms": {a.key: {"median_count": int(np.median(counts[list(a.ids)])) if a.ids else 0} for a in asked.arms},
     }
     with tempfile.TemporaryDirectory() as spare:
-        folder = Path(out or (ticket.folder and Path(ticket.folder) / "audit") or spare)
+        folder = place or Path(spare)
         audit = _judged(bench, _translated(bench, asked.arms, folder / "arms"), facts)
-        with whole_file(folder / "audit.png") as part:
-            part.write_bytes(png(plot_audit, audit))
-        write_text(folder / "audit.md", audit.table())
-        write_json(folder / "audit.json", audit.as_dict())
+        _write(audit, folder)
     return audit
 
 # %% ../nbs/14_audit.ipynb #8f7270cc

@@ -565,6 +565,9 @@ _Fast = Annotated[
 _Metric = Annotated[str, typer.Option(help="What the verdict counts in: bleu, chrf, chrf++, ter, spbleu or spbleu200.")]
 
 # %% ../nbs/19_cli.ipynb #46727b18
+_AUDITED = {"arms", "audit.json", "audit.md", "audit.png"}
+
+
 def _say_audit(done, out, card, as_json):
     _say(
         done.as_dict(),
@@ -613,6 +616,7 @@ def audit(
     out = out or ticket / "audit"
     with _kept(f"finished arms are kept in {out}: run the same command to go on"):
         found = kslottery.Ticket.load(ticket)
+        refuse_strangers(out, lambda path: {p.name for p in path.glob("[!.]*")} <= _AUDITED)
         prompt = _prompt(found, template, languages)
         fresh = _pairs(found, "test", test, prompt.languages, limit)
         settings = kslottery.AuditSettings(

@@ -11,12 +11,13 @@ import json
 import math
 import numbers
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from .core import fingerprint, must, progress_bar, whole_file
+from .core import fingerprint, must, progress_bar, settle, told, whole_file
 from .data import Example, collate
 from .rows import TunedRows, weights_fingerprint
 
@@ -460,7 +461,10 @@ def train(
     must(examples, "there are no examples to train on")
     must(rows is not None or not checkpoint, "a checkpoint holds the state of row tuning only: leave it out here")
     if checkpoint:
-        os.makedirs(os.path.dirname(os.path.abspath(checkpoint)), exist_ok=True)
+        file = Path(checkpoint)
+        with told(file):
+            file.absolute().parent.mkdir(parents=True, exist_ok=True)
+        settle(file)
     engine, accelerator = training.engine, _accelerator(training.engine.log_dir)
     with _prepared(model.to(accelerator.device), rows is not None, engine.activation_checkpointing):
         learner = _Learner(model, rows, engine.share_prefix).to(accelerator.device)

@@ -124,7 +124,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(OSError, match="its disk is full"):
         tune(path, save_every=5)
     monkeypatch.undo()
     assert path.read_bytes() == whole and torch.equal(tune(path), tune())
