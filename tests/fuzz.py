@@ -1,6 +1,7 @@
 """Odd input of six kinds: each must give a result or one sentence; no traceback, no bare Python message, no hang.
 
     python tests/fuzz.py --minutes 5 --seed 7                # all kinds
+    python tests/fuzz.py --cases 100000 --jobs 2             # so many, over the kinds by their shares
     python tests/fuzz.py --seed 7 --kind tables --case 1234  # one case again, with its traceback
     python tests/fuzz.py --engine hypothesis --kind tickets  # the same generators, and hypothesis makes failures small
 
@@ -10,6 +11,7 @@ in each: what hangs, dies or takes too much memory ends its fork only, and is a 
 
 import argparse
 import contextlib
+import fcntl
 import gzip
 import io
 import itertools
@@ -53,7 +55,7 @@ from kslottery.data import TEMPLATES, Pair, Prompt, encode, language_names, load
 from kslottery.evaluation import Generation  # noqa: E402
 from kslottery.ks import ks_scan  # noqa: E402
 from kslottery.rows import TunedRows  # noqa: E402
-from kslottery.ticket import Provenance, Selection, Ticket  # noqa: E402
+from kslottery.ticket import Provenance, Selection, Ticket, versions  # noqa: E402
 from kslottery.tuning import Recipe  # noqa: E402
 
 HANG, MEMORY = 20.0, 3 * 2**30  # seconds for a case; bytes beyond what the fork starts with
@@ -966,6 +968,8 @@ class Options(Kind):
                 (folder / f"{name}.jsonl").write_text('{"source": "t1", "target": "t2"}\n')
             (folder / "babel.json").write_text('{"parameters": 1}')
 
+        import matplotlib.pyplot  # noqa: F401
+
         import kslottery.audit
         import kslottery.babel
         import kslottery.checkpoints
@@ -1078,6 +1082,13 @@ class Options(Kind):
 
 
 KINDS = {k.__name__.lower(): k for k in (Tickets, Tables, Templates, Checkpoints, Cards, Options)}
+SHARES = {"tickets": 24, "tables": 24, "templates": 20, "checkpoints": 12, "cards": 10, "options": 10}
+
+
+def shares(cases, names):
+    "How many of some cases each kind gets; cheap ones get more."
+    whole = sum(SHARES[name] for name in names)
+    return {name: -(-cases * SHARES[name] // whole) for name in names}
 
 
 # --- the contract ----------------------------------------------------------------------------------------------------
@@ -1274,7 +1285,7 @@ def shrunk(name, seed, seconds, room=None):
         def trial(rng):
             nonlocal tried
             if time.time() > began + seconds:
-                return
+                raise KeyboardInterrupt  # the one exception after which hypothesis draws and shrinks no more
             tried += 1
             signal.setitimer(signal.ITIMER_REAL, HANG)
             try:
@@ -1297,8 +1308,8 @@ def shrunk(name, seed, seconds, room=None):
                 phases=[Phase.generate, Phase.shrink],
                 suppress_health_check=list(HealthCheck),
             )(given(strategies.randoms(note_method_calls=False))(trial))
-            flaky = HypothesisException  # time was up in the middle
-            with contextlib.suppress(AssertionError, flaky), contextlib.redirect_stdout(io.StringIO()):
+            ends = (AssertionError, HypothesisException, KeyboardInterrupt)
+            with contextlib.suppress(*ends), contextlib.redirect_stdout(io.StringIO()):
                 seeded(seed + turn)(run)()
         return tried, list(least.values()), time.time() - began
 
@@ -1314,6 +1325,24 @@ def distinct(faults):
     return sorted(({**fault, "times": n} for fault, n in found.values()), key=lambda f: -f["times"])
 
 
+def store(path, part, row):
+    "Write a part's tallies into a file, beside those of other parts that it holds."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # both of `make fuzz` and `make faults` may be at it
+        file.seek(0)
+        known = json.loads(file.read() or "{}")
+        for name, rows in row.items():
+            known[part] = known.get(part, {}) | {name: rows | {"versions": versions()}}
+        file.truncate(0)
+        file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def unplaced(text):
+    "Without paths, which are of this machine and this run."
+    return re.sub(r"(?<![\w.<])/[^\s'\",)]+", "PATH", text)
+
+
 def memory_room():
     "A folder in memory, where there is one."
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -1321,15 +1350,15 @@ def memory_room():
 
 def main(words=None):
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    ask.add_argument("--minutes", type=float, default=5, help="for all kinds together")
+    ask.add_argument("--minutes", type=float, help="for all kinds together (default: 5; with --cases a limit of 25)")
+    ask.add_argument("--cases", type=int, help="how many, over the kinds by their shares")
     ask.add_argument("--seed", type=int, default=0)
     ask.add_argument("--kind", default=",".join(KINDS), help="one or more, joined by commas")
     ask.add_argument("--case", type=int, help="run this one again, here, and show its traceback")
     ask.add_argument("--start", type=int, default=0, help="the first case")
-    ask.add_argument("--most", type=int, help="cases of each kind, at most")
     ask.add_argument("--jobs", type=int, default=1, help="processes")
     ask.add_argument("--engine", choices=("mutation", "hypothesis"), default="mutation")
-    ask.add_argument("--out", type=Path, help="a JSON file for tallies and distinct failures")
+    ask.add_argument("--out", type=Path, help="a JSON file for tallies, beside those of tests/faults.py")
     given = ask.parse_args(words)
     names = given.kind.split(",")
     room = memory_room()
@@ -1344,16 +1373,19 @@ def main(words=None):
             _, fault = one(kind, rng_of(names[0], given.seed, given.case), Path(folder, "case"), show)
             print(f"{fault['trace']}\n{fault['rule']}: {fault['message']}" if fault else "it keeps the contract")
             return int(fault is not None)
-    tally, seconds = {}, 60 * given.minutes / len(names)
-    print(f"seed {given.seed}, {given.minutes:g} minutes, {given.engine}", flush=True)
-    for name in names:
+    minutes = given.minutes or (25 if given.cases else 5)
+    most = shares(given.cases, names) if given.cases else dict.fromkeys(names)
+    end, total = time.time() + 60 * minutes, Counter()
+    print(f"seed {given.seed}, {given.cases or 'any number of'} cases, {minutes:g} minutes, {given.engine}", flush=True)
+    for n, name in enumerate(names):
+        seconds = max(1.0, end - time.time()) / (1 if most[name] else len(names) - n)
         if given.engine == "mutation":
-            tried, faults, took = shared_out(given.jobs, name, given.seed, seconds, given.start, given.most, room)
+            tried, faults, took = shared_out(given.jobs, name, given.seed, seconds, given.start, most[name], room)
         else:
             with multiprocessing.get_context("fork").Pool(1, limited) as pool:  # it may fail in any way
                 tried, faults, took = pool.apply(shrunk, (name, given.seed, seconds, room))
         rows = distinct(faults)
-        tally[name] = {"tried": tried, "failed": len(faults), "seconds": round(took, 1), "distinct": rows}
+        total += Counter(tried=tried, failed=len(faults), missing=max(0, (most[name] or 0) - tried))
         print(
             f"{name:12} {tried:8} tried {len(faults):6} failed, {len(rows):3} distinct, {tried / took:6.0f} a second",
             flush=True,
@@ -1362,12 +1394,15 @@ def main(words=None):
             at = "" if row["case"] is None else f" (--kind {name} --seed {given.seed} --case {row['case']})"
             print(f"  {row['times']:5} x {row['rule']} in {row['place']}: {describe(row['message'])[:110]}{at}")
             print(f"          {describe('; '.join(row['done'])) if row['done'] else ''}")
-    total = {n: sum(t[n] for t in tally.values()) for n in ("tried", "failed")}
+        if given.out:
+            kept = ("rule", "place", "times", "case")
+            told = [{k: row[k] for k in kept} | {"message": unplaced(row["message"])} for row in rows]
+            how = {"seed": given.seed, "engine": given.engine, "jobs": given.jobs, "seconds": round(took, 1)}
+            store(given.out, "fuzz", {name: {"tried": tried, "failed": len(faults), **how, "faults": told}})
     print(f"{total['tried']} tried / {total['failed']} failed")
-    if given.out:
-        record = {"seed": given.seed, "engine": given.engine, **total, "kinds": tally}
-        given.out.write_text(json.dumps(record, indent=1) + "\n")
-    return int(total["failed"] > 0)
+    if total["missing"]:
+        print(f"{total['missing']} of {given.cases} cases were not reached in {minutes:g} minutes: give more")
+    return int(total["failed"] + total["missing"] > 0 or not total["tried"])
 
 
 if __name__ == "__main__":
