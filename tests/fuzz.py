@@ -12,6 +12,7 @@ in each: what hangs, dies or takes too much memory ends its fork only, and is a 
 import argparse
 import contextlib
 import fcntl
+import gc
 import gzip
 import io
 import itertools
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = map(str, (ROOT, ROOT / "tests", ROOT / "benchmarks"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "0"}
 
+import huggingface_hub.constants  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
@@ -1176,12 +1178,14 @@ def limited(memory=MEMORY):
     import builtins
 
     builtins.input = ask
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # where it was imported before this file
     torch.set_num_threads(1)
 
 
 def batch(kind, name, seed, numbers, pipe, until):
     "The work of a fork: a line for each case begun, and one for each failure."
     limited()
+    gc.freeze()  # a collection would copy all that the fork shares
     here = kind.room / f"case-{os.getpid()}"
     os.environ["KSLOTTERY_FUZZ_RAN"] = str(kind.room / f"ran-{os.getpid()}")
     write = lambda record: os.write(pipe, json.dumps(record).encode() + b"\n")
