@@ -1248,7 +1248,7 @@ def watch(kind, name, seed, start, count, until, hang=HANG):
     return tried, faults, -1 if last is None else last
 
 
-def mutated(name, seed, seconds, start=0, most=None, size=400, room=None):
+def mutated(name, seed, seconds, start=0, most=None, size=1000, room=None):
     "Cases of one kind, from `start`, for some seconds: how many were tried, and all failures."
     with tempfile.TemporaryDirectory(prefix="kslottery-fuzz-", dir=room) as folder:
         kind, tried, faults = KINDS[name](Path(folder)), 0, []
@@ -1265,7 +1265,7 @@ def shared_out(jobs, name, seed, seconds, start, most, room):
     if jobs == 1:
         return mutated(name, seed, seconds, start, most, room=room)
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        asked = [(name, seed, seconds, start + j * 10**6, most and -(-most // jobs), 400, room) for j in range(jobs)]
+        asked = [(name, seed, seconds, start + j * 10**6, most and -(-most // jobs), 1000, room) for j in range(jobs)]
         tried, faults, took = zip(*pool.starmap(mutated, asked))
     return sum(tried), [f for found in faults for f in found], max(took)
 

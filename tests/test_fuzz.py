@@ -1,9 +1,11 @@
-"""A short slice of `make fuzz` and `make faults`, and that both find what they look for."""
+"""A short slice of `make fuzz` and `make faults`, that both find what they look for, and the page that shows both."""
 
+import ast
 import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -14,6 +16,8 @@ import typer.testing
 
 import faults
 import fuzz
+import kslottery
+from conftest import ROOT
 from kslottery import audit, babel, checkpoints, cli
 from kslottery.data import load_pairs
 
@@ -179,3 +183,85 @@ def test_a_word_for_every_state():
     old, new = {"a": "1", "b": "1"}, {"a": "2", "b": "2"}
     states = [old, new, None, {"a": "1", "b": "2"}, {"a": "1", "b": "3"}]
     assert [faults.named(s, old, new) for s in states] == ["old", "new", "lost", "mixed", "torn"]
+
+
+PAGE, STORED = (ROOT / name for name in ("nbs/explanation/security.ipynb", "benchmarks/results/faults.json"))
+
+
+def page(capsys, monkeypatch, folder):
+    "What each code cell of the page says in a checkout that lies in a folder."
+    monkeypatch.setattr(kslottery, "__file__", str(folder / "kslottery" / "__init__.py"))
+    names: dict = {}
+    for cell in json.loads(PAGE.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            *body, last = ast.parse("".join(cell["source"])).body
+            shown = isinstance(last, ast.Expr) and not ast.unparse(last).startswith("print")
+            exec(compile(ast.Module([*body, *([] if shown else [last])], []), str(PAGE), "exec"), names)
+            value = eval(compile(ast.Expression(last.value), str(PAGE), "eval"), names) if shown else None
+            made = value.data if type(value).__name__ == "Markdown" else value._repr_html_() if shown else ""
+            yield capsys.readouterr().out + made, cell["outputs"]
+
+
+def row(tried, *found):
+    facts = {"tried": tried, "failed": sum(f["times"] for f in found), "faults": list(found)}
+    return facts | {"seconds": 2.4, "seed": 7, "versions": {"python": "3.11"}}
+
+
+FUZZ = {name: row(1000) for name in fuzz.KINDS}
+FAULTS = {name: row(100) for name in faults.PARTS}
+TORN = {"fault": "save: torn <b>", "times": 3, "example": ""}
+BARE = {"rule": "bare", "message": "KeyError: 1", "place": "data.py", "times": 2, "case": 11}
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        (None, ["No odd inputs are stored", "No disturbed commands", "Nothing is stored", "is not here"]),
+        ({"fuzz": FUZZ, "faults": FAULTS}, ["Of 6,000 odd inputs, none failed.", "Of 600 dist", "Nothing is listed"]),
+        (
+            {"fuzz": {**FUZZ, "tables": row(10, BARE)}, "faults": {**FAULTS, "kills": row(50, TORN)}},
+            [
+                "Of 5,010 odd inputs, 2 failed. What failed is listed below.",
+                "--kind tables --seed 7 --case 11",
+                "&lt;b&gt;",
+            ]
+            + ["generations, 3 failed.", "--only kills --seed 7"],
+        ),
+        (
+            {"faults": {"full": row(0) | {"skipped": "(skipped: no tmpfs)"}, "soak": row(9)}},
+            ["No odd inputs", "none failed. Not tried here: kills, signals, races, full, permissions.", "skipped: no"],
+        ),
+    ],
+    ids=["absent", "good", "bad", "some"],
+)
+def test_the_page_is_true_under_any_numbers(found, said, tmp_path, capsys, monkeypatch):
+    if found is not None:
+        file = tmp_path / "benchmarks" / "results" / "faults.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(found))
+    text = "\n".join(text for text, _ in page(capsys, monkeypatch, tmp_path))
+    assert [sentence for sentence in said if sentence not in text] == []
+    assert (" failed. What failed" in text) == bool(
+        found and any(r["failed"] for p in found.values() for r in p.values())
+    )
+
+
+def test_the_page_explains_every_kind_and_part():
+    text = "".join("".join(cell["source"]) for cell in json.loads(PAGE.read_text(encoding="utf-8"))["cells"])
+    assert [name for name in (*fuzz.KINDS, *faults.PARTS) if f'"{name}": "' not in text] == []
+
+
+@pytest.mark.skipif(not STORED.exists(), reason="make fuzz and make faults have not stored anything")
+def test_the_stored_file_is_whole_and_the_page_says_what_it_says(capsys, monkeypatch):
+    text = STORED.read_text(encoding="utf-8")
+    found = json.loads(text)
+    least = {"kills": 500, "races": 200, "soak": 10_000}
+    assert {*found["fuzz"]} == {*fuzz.KINDS} and sum(row["tried"] for row in found["fuzz"].values()) >= 100_000
+    assert {name: row["tried"] >= least.get(name, 1) for name, row in found["faults"].items()} == dict.fromkeys(
+        faults.PARTS, True
+    )
+    assert not re.search(r"/(tmp|dev|root|home|work)/", text)
+    for made, outputs in page(capsys, monkeypatch, ROOT):
+        data = [output.get("data", {}) for output in outputs]
+        kept = ["".join(o.get("text") or d.get("text/markdown") or d["text/html"]) for o, d in zip(outputs, data)]
+        assert "".join(kept) == made, "make notebooks NB=nbs/explanation/security.ipynb"
