@@ -489,7 +489,7 @@ _SUFFIX = ".kslottery"  # of rooms: hidden folders beside what is being written
 
 def _rooms(path: Path) -> list[Path]:
     begin = f".{_stem(path)}-"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         names = [n for n in os.listdir(path.parent) if n.startswith(begin) and n.endswith(_SUFFIX)]
         return [path.parent / n for n in names if len(n) == len(begin) + 8 + len(_SUFFIX)]
     return []

@@ -790,7 +790,11 @@ def test_audit_from_the_command_line_and_the_card(made, audited, tmp_path):
     again = Ticket.load(folder)
     assert again.audit == record and (folder / "audit.png").exists()
     card = (folder / "README.md").read_text()
-    assert record["sentence"] in card and "![audit](audit.png)" in card and record["report"] in card
+    assert (
+        record["sentence"] in card
+        and "![audit](audit.png)" in card
+        and all(f"> {line}\n" in card for line in record["report"].splitlines())
+    )
     status, said, error = invoke(*words, "--json")
     assert status == 0 and json.loads(said)["checks"] == record["checks"], error
     for wrong, part in (

@@ -11,11 +11,13 @@ import stat
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -330,8 +332,10 @@ for mode in ("input_only", "shared"):
     ]
     assert [run.wait(timeout=300) for run in runs] == [0, 0]
     for mode, least in (("input_only", 7), ("shared", 9)):
-        one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"{n}{mode}").iterdir()} for n in "12")
+        one, two = (contents(tmp_path / f"{n}{mode}") for n in "12")
         assert one == two and len(one) >= least
+        Ticket.load(tmp_path / f"1{mode}").save(tmp_path / f"3{mode}")  # and so are those of what was read again
+        assert contents(tmp_path / f"3{mode}") == one
 
 
 def test_colleagues_can_read_it(tmp_path):
@@ -438,6 +442,28 @@ def test_ids_that_are_not_those_of_the_rows(tmp_path):
         ({"schema_version": 1, "tokens": ...}, "lacks 'tokens'"),
         ({"versions": 3}, "versions is 3"),
         ({"changed": 1.5}, "changed is 1.5"),
+        ({"changed": -998}, "changed is -998"),
+        ({"changed": 65}, "changed is 65: it must be a number of the 64 rows"),
+        ({"counts": [-3, 4]}, "counts are .*at least 0"),
+        ({"counts": []}, "2 ids, with tokens or counts"),
+        ({"counts": [True, 4]}, "counts is .*it must be tuple.int"),
+        ({"versions": {"torch": 2}}, "versions is .*it must be dict.str, str"),
+        ({"size": 3}, "says another size than its rows"),
+        ({"statistic": [0.5, 0.5]}, "says another statistic than"),
+        ({"dtype": "pickle"}, "dtype is 'pickle': give a floating dtype"),
+        ({"dtype": "Tensor"}, "dtype is 'Tensor'"),
+        ({"mode": "shared"}, "does not tie the two"),
+        ({"V": 2**70}, "1 x 1 or more"),
+        ({"schema_version": True}, "ticket schema True"),
+        ({"fingerprints": {"embedding": "0" * 64, "tokenizer": 5}}, "fingerprints is"),
+        ({"license": "\ud800"}, "surrogates not allowed"),
+        ({"train": {"data": "x", "rate": float("inf")}}, "Out of range"),
+        ({"recipe": {"epochs_embed": True}}, "recipe is .*epochs_embed is True"),
+        ({"recipe": {"progress": "yes"}}, "progress is 'yes'"),
+        ({"recipe": {"engine": []}}, "recipe is .*no recipe"),
+        ({"recipe": {"engine": {"compile": 1}}}, "compile is 1: it must be bool"),
+        ({"recipe": {"lr_embed": 10**400}}, "recipe is .*too large"),
+        ({"generation": {"num_beams": 2**70}}, "less than 2 .. 31"),
     ],
     ids=str,
 )
@@ -469,6 +495,16 @@ def test_json_of_all_kinds_is_one_sentence(file, text, tmp_path):
         ("embed_rows", {"ids": np.array([4, 99]), "rows": np.ones((2, 16), np.float32)}),
         ("scan", {"pvalue": np.ones(64)}),
         ("scan", {"statistic": np.ones(64)}),
+        ("scan", ({"statistic": np.ones(64)}, {"d": 999, "criterion": "ks", "decided": None})),
+        ("scan", ({"statistic": np.ones(64)}, {"d": -1, "criterion": "ks", "decided": None})),
+        ("scan", ({"statistic": np.ones(64)}, {"d": 16, "criterion": "luck", "decided": None})),
+        ("scan", ({"statistic": np.ones(64)}, {"d": 16, "criterion": "ks", "decided": 7})),
+        ("scan", ({"statistic": np.ones(64, np.float32)}, {"d": 16, "criterion": "ks", "decided": None})),
+        (
+            "scan",
+            ({"statistic": np.ones(64), "pvalue": np.full(64, 1.5)}, {"d": 16, "criterion": "l2", "decided": None}),
+        ),
+        ("scan", ({"statistic": np.ones(64)}, {"d": 16, "criterion": "l2", "decided": None})),  # not what the ids say
         ("sentences.txt", b"not a hash\n"),
         ("sentences.txt", b"\xff\xfe"),
     ],
@@ -479,9 +515,71 @@ def test_files_that_cannot_be(file, content, tmp_path):
     if isinstance(content, bytes):
         (folder / file).write_bytes(content)
     else:
-        save_file(content, folder / f"{file}.safetensors")
+        arrays, about = content if isinstance(content, tuple) else (content, None)
+        save_file(arrays, folder / f"{file}.safetensors", about and {"scan": json.dumps(about)})
     with pytest.raises(ValueError, match="is damaged.*copy the ticket again"):
         Ticket.load(folder)
+
+
+PROVEN = certify_agreement(np.zeros(60), 0.05, epsilon=0.2, vouched=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"claim": 5}, {"holds": "yes"}, {"bound": "0.1"}, {"bound": None}, {"n": True}, {"assumptions": "abc"}]
+    + [{"assumptions": [1]}, {"path": [1]}, {"facts": []}, {"facts": {"loss": []}}, {"facts": {"extraction": ["a"]}}]
+    + [{"facts": {"epsilon": float("inf")}}, {"unit": "\ud800"}, {"luck": 1}, {"kind": ...}],
+    ids=ascii,
+)
+def test_certificates_that_are_none(values, tmp_path):
+    record = json.loads(PROVEN.to_json()) | values
+    folder = changed(tmp_path)
+    (folder / "certificates.json").write_text(json.dumps([{k: v for k, v in record.items() if v is not ...}]))
+    with pytest.raises(ValueError, match="certificates.json is damaged.*certify or audit again") as told:
+        Ticket.load(folder)
+    assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize("content", ['{"sentence": "x"}', '{"sentence": 1, "report": "y"}', '["x"]'])
+def test_audits_that_are_none(content, tmp_path):
+    folder = changed(tmp_path)
+    (folder / "audit.json").write_text(content)
+    with pytest.raises(ValueError, match="audit.json is damaged.*audit again"):
+        Ticket.load(folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["ticket.json", "certificates.json", "audit.json", "sentences.txt", "scan.safetensors", "embed_rows.safetensors"],
+)
+def test_a_file_that_is_a_pipe_or_a_folder_is_not_waited_for(file, tmp_path):
+    folder = changed(tmp_path)
+    for make in (os.mkfifo, os.mkdir):
+        shutil.rmtree(folder / file) if (folder / file).is_dir() else (folder / file).unlink(missing_ok=True)
+        make(folder / file)
+        with pytest.raises((ValueError, FileNotFoundError), match="name a file|holds no ticket.json"):
+            Ticket.load(folder)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b", "file/under", "~nobody-of-this-name/t", ""])
+def test_a_path_that_can_be_none(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError) as told:
+        Ticket.load(path)
+    assert str(told.value).isprintable() and "Errno" not in str(told.value)
+
+
+@pytest.mark.parametrize("ids", [[6.9, "12", True], [6.9, 7.0], ["12"], [True], [[3], [4]], [[1, 2], [3]], 3, "34"])
+def test_rows_of_ids_that_are_none(ids, tmp_path):
+    with pytest.raises(TypeError, match="ids are .*: they must be token ids"):
+        TunedRows(ids, torch.ones(len(ids) if isinstance(ids, list) else 1, 16))
+    ticket_for(tiny_model("llama")).to_peft(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    for odd in (ids, [-1, 4], [4, 4], None, {"a": [4, 9]}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"token_indices": odd}))
+        with pytest.raises(ValueError, match=f"{tmp_path}.* is damaged.*copy the adapter again"):
+            Ticket.from_peft(tmp_path / "a", tiny_model("llama"), TOKENIZER)
 
 
 def test_a_fuzzed_folder_is_read_or_refused_in_one_sentence(tmp_path):
@@ -581,6 +679,116 @@ def test_what_is_added_is_written_where_the_ticket_lives(tmp_path):
         loaded.add_certificates([])
 
 
+def other_certificate(n):
+    return replace(PROVEN, claim=f"With probability at least 0.95, {n}.")
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_of_many_that_note_something_at_once_nothing_is_lost(tmp_path):
+    "Ten threads have read the same ticket; each adds its own."
+    ticket_for(tiny_model("llama")).save(tmp_path / "t")
+    mine = [Ticket.load(tmp_path / "t") for _ in range(10)]
+    notes = [
+        *(lambda t=t, n=n: t.add_certificates([other_certificate(n)]) for n, t in enumerate(mine[:6])),
+        lambda: mine[6].add_audit({"sentence": "It is an artefact.", "report": "## Why"}, b"png"),
+        lambda: mine[7].refresh(license="mit"),
+        lambda: mine[8].remember(generation=Generation(max_new_tokens=9)),
+        lambda: mine[9].refresh(base_model="org/tiny"),
+    ]
+    with ThreadPoolExecutor(10) as pool:
+        [done.result() for done in [pool.submit(note) for note in notes]]
+    again = Ticket.load(tmp_path / "t")
+    facts, card = again.provenance, (tmp_path / "t" / "README.md").read_text()
+    assert {c.claim for c in again.certificates} == {other_certificate(n).claim for n in range(6)}
+    assert again.audit["report"] == "## Why" and facts.generation.max_new_tokens == 9
+    assert (facts.license, facts.base_model) == ("mit", "org/tiny") and card.count("<details>") == 6
+    assert "It is an artefact." in card and card == again.card(["audit.png"]) and not list(tmp_path.rglob(".*"))
+
+
+def test_a_note_is_not_written_into_another_ticket(tmp_path):
+    old = ticket_for(tiny_model("llama"))
+    old.save(tmp_path / "t")
+    shutil.rmtree(tmp_path / "t")
+    ticket_for(tiny_model("llama"), (4, 5)).save(tmp_path / "t")
+    before = contents(tmp_path / "t")
+    with pytest.raises(ValueError, match="holds another ticket than this one: load it again"):
+        old.add_certificates([PROVEN])
+    assert contents(tmp_path / "t") == before and old.certificates == []
+
+
+def test_what_a_ticket_says_in_memory_goes_before_what_its_folder_says(tmp_path):
+    ticket_for(tiny_model("llama")).save(tmp_path / "t")
+    one, two = (Ticket.load(tmp_path / "t") for _ in range(2))
+    two.refresh(license="mit")
+    one.provenance = replace(one.provenance, revision="main")
+    one.add_certificates([PROVEN])
+    facts = Ticket.load(tmp_path / "t").provenance
+    assert (facts.license, facts.revision) == ("mit", "main") and one.provenance == facts
+
+
+def test_to_save_a_ticket_again_loses_nothing(tmp_path):
+    "Neither what was found about it, nor what others laid beside it."
+    ticket_for(tiny_model("llama")).save(tmp_path / "t", {"rank.png": b"png"})
+    found = Ticket.load(tmp_path / "t")
+    found.add_certificates([PROVEN])
+    found.add_audit({"sentence": "so", "report": "it is"}, b"png")
+    found.refresh(license="mit")
+    (tmp_path / "t" / ".git").mkdir()
+    for name in ("thesis.tex", ".git/HEAD", "plan-1.json"):
+        (tmp_path / "t" / name).write_text("years")
+    before, again = contents(tmp_path / "t"), ticket_for(tiny_model("llama"))
+    again.save(tmp_path / "t")
+    assert contents(tmp_path / "t") == before
+    assert again.certificates == [PROVEN] and again.audit == found.audit and again.provenance == found.provenance
+
+
+@pytest.mark.parametrize("file", ["audit.json", "certificates.json", "embed_rows.safetensors", "thesis.tex"])
+def test_another_ticket_is_replaced_only_if_nothing_is_lost(file, tmp_path):
+    model = tiny_model("llama")
+    bare(model, [9, 4], TunedRows([9, 4], torch.ones(2, 16))).save(tmp_path / "t")
+    bare(model, [3], TunedRows([3], torch.ones(1, 16))).save(tmp_path / "t")
+    found = Ticket.load(tmp_path / "t")
+    assert found.ids.tolist() == [3]
+    if file == "audit.json":
+        found.add_audit({"sentence": "so", "report": "it is"})
+    elif file == "certificates.json":
+        found.add_certificates([PROVEN])
+    else:
+        (tmp_path / "t" / file).write_text("years")
+    before, other = contents(tmp_path), bare(model, [9, 4], TunedRows([9, 4], torch.ones(2, 16)))
+    with pytest.raises(FileExistsError, match=f"holds another ticket, and this one has nothing in place of its {file}"):
+        other.save(tmp_path / "t")
+    assert contents(tmp_path) == before and other.folder is None
+
+
+@pytest.mark.parametrize("writes", range(1, 5))
+def test_a_change_that_is_killed_is_whole_or_never_was(tmp_path, writes):
+    "`kill -9` after each of the renames: what is read afterwards is the state before, or the state after."
+    ticket_for(tiny_model("llama")).save(tmp_path / "t")
+    left, real = [writes], os.replace
+
+    def step(*names):
+        left[0] -= 1
+        return real(*names) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        try:
+            found = Ticket.load(tmp_path / "t")
+            os.replace = step
+            found.certificates = [PROVEN]
+            found.add_audit({"sentence": "so", "report": "it is"}, b"png")
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    found = Ticket.load(tmp_path / "t")
+    figures = [p.name for p in (tmp_path / "t").glob("*.png")]
+    assert (tmp_path / "t" / "README.md").read_text() == found.card(figures)
+    assert bool(found.audit) == bool(found.certificates) == bool(figures) and not list(tmp_path.rglob(".*"))
+
+
 def test_an_audit_that_the_card_cannot_hold_changes_nothing(tmp_path):
     ticket_for(tiny_model("llama")).save(tmp_path / "t")
     before = {p.name: p.read_bytes() for p in (tmp_path / "t").iterdir()}
@@ -667,6 +875,28 @@ def test_nobody_writes_html_into_the_card():
     assert "# Certified!" not in outside
 
 
+@pytest.mark.parametrize(
+    "text", [NASTY, "## Certified!", "![x](https://example.org/x.png)", "[x](//y)", "``` x\n\n## C"]
+)
+def test_the_card_is_one_page_whatever_an_audit_says(text):
+    "As a browser sees it: the headings of the card, no image and no link but its own, and every certificate folded."
+    ticket = ticket_for(tiny_model("llama"))
+    ticket.audit = {"sentence": text, "report": f"{text}\n[x]: //y\n\n[x] ![x] ![x][x]\n\n~~~\n{text}"}
+    ticket.certificates = [replace(PROVEN, claim=text, unit=text)]
+    ticket.provenance = replace(ticket.provenance, versions={"kslottery": text, text: text})
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(ticket.card().split("---\n", 2)[2])
+    quote = page.split("<blockquote>")
+    own = "".join(part.split("</blockquote>")[-1] for part in quote)
+    assert re.findall("<h2>(.*?)</h2>", own) == [
+        "How it was made",
+        "Scores, controls and verdict",
+        "Certificates",
+        "Licence and citation",
+    ]
+    assert "<img" not in page and re.findall('href="(.*?)"', page) == ["https://arxiv.org/abs/2402.02801"]
+    assert len(quote) == 3 and "<h2>" not in quote[1].split("</blockquote>")[0] and page.count("<details>") == 1
+
+
 SAVER = """
 import sys; sys.path.insert(0, {tests!r})
 from test_ticket import ticket_for, tiny_model
@@ -695,10 +925,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_ticket(tmp_path):
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        if (tmp_path / "t").exists():  # the one instant between two renames leaves the old ticket beside it, whole
-            assert Ticket.load(tmp_path / "t").ids.tolist() == [3, 4, 5]
-        else:
-            assert any(Ticket.load(p).ids.tolist() == [3, 4, 5] for p in tmp_path.glob(".t-old-*/was"))
+        assert Ticket.load(tmp_path / "t").ids.tolist() == [3, 4, 5] and os.listdir(tmp_path) == ["t"]
 
 
 def test_a_full_disk_leaves_the_old_ticket(tmp_path):
