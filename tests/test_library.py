@@ -18,8 +18,9 @@ from house import BENCHMARKS, PICTURE, arrows, imports, picture, rooms
 BIN = Path(sys.executable).parent
 MODULES = list(rooms())  # in their order
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-# At most; fewer than. The redesign of 0.2 ended at 62 and 3,498: the library grows by capability only.
-ARROWS, STATEMENTS = 74, 4610
+# At most; fewer than. The redesign of 0.2 ended at 62 and 3,498: the library grows by capability only (to be hard to
+# break took 460 statements, half of them the writing, locking and loading in core).
+ARROWS, STATEMENTS = 76, 5100
 
 
 def tree(folder):
@@ -144,10 +145,13 @@ def test_no_code_of_a_checkpoint_is_run():
     loads = []
     for module in MODULES:
         for node in ast.walk(ast.parse((ROOT / "kslottery" / f"{module}.py").read_text())):
-            if isinstance(node, ast.Call) and re.match(r"Auto\w+\.from_pretrained$", ast.unparse(node.func)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
                 trusts = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("trust_remote_code")
                 loads.append((module, ast.unparse(node.func), trusts))
-    assert loads and [load for load in loads if load[2] != "False"] == []
+    assert [load for load in loads if load[1] != "PeftConfig.from_pretrained"] == [
+        ("core", "loader.from_pretrained", "False")  # the one place, see `_load` there
+    ]
+
 
 
 # Import

@@ -853,7 +853,7 @@ def test_nobody_writes_html_into_the_card():
     ticket = ticket_for(tiny_model("llama"))
     facts = replace(ticket.provenance, tokens=(NASTY, "t4"), license=NASTY, versions={"kslottery": "1", NASTY: NASTY})
     facts = replace(facts, model=NASTY, base_model=None, tuned=NASTY, tensor=NASTY, revision=NASTY)
-    prompt = Prompt(NASTY + "{source}{target}", NASTY.replace("-", "") + "-ca")
+    prompt = Prompt(NASTY + "{source}{target}", "en-ca")
     ticket.provenance = replace(facts, prompt=prompt)
     ticket.audit = {"sentence": NASTY, "report": "\n".join(["## Numbers", "5 < 6", "<script>alert(1)</script>"])}
     proven = certify_agreement(np.zeros(60), 0.05, epsilon=0.2, vouched=True)
