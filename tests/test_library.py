@@ -3,7 +3,6 @@
 import ast
 import importlib
 import json
-import re
 import shutil
 import subprocess
 import sys

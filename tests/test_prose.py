@@ -28,7 +28,7 @@ HARD_CODED = (
 )
 # What an empty ticket, a single row or a number that is none makes of a sentence.
 BROKEN = (
-    r"\bnan\b|\binf\b|\bNone\b(?! of|\.)|\*\*[ .]*\*\*|\b(by|share) \.|\b[01] rows\b|\bbest 0\b|\b0% of these\b|Traceback"
+    r"\b(nan|inf|None(?! of|\.))\b|\*\*[ .]*\*\*|\b(by|share) \.|\b[01] rows\b|\bbest 0\b|\b0% of these\b|Traceback"
 )
 # Numbers in prose that a default or an output holds, too, and that hold whatever the settings are.
 FIXED = {
