@@ -820,8 +820,8 @@ def test_the_cards_header_survives_a_round_trip(made, tmp_path):
     for languages, name in (("en-ca", "org/model"), ("no-de", 'strange: "name" #1'), ("Aldan-Borel", "model")):
         about = dict(model=name, base_model="", license="mit", prompt=Prompt("babel", languages))
         facts = replace(ticket.provenance, tokens=("|", "\n", "---", None), **about)
-        Ticket(ticket.ids, facts, ticket.rows, scan=ticket.scan).save(tmp_path / "ticket")
-        text = (tmp_path / "ticket" / "README.md").read_text()
+        Ticket(ticket.ids, facts, ticket.rows, scan=ticket.scan).save(tmp_path / languages)
+        text = (tmp_path / languages / "README.md").read_text()
         card = ModelCard(text)
         data = card.data
         assert (data.base_model, data.library_name, data.pipeline_tag, data.license) == (
