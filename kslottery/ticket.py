@@ -869,7 +869,7 @@ class _Folder(_Adapter):
 
     def _derived(self) -> dict[str, Any]:  # what ticket.json repeats of the parts, for readers of JSON
         columns = {} if self.scan is None else {"statistic": self.scan.statistic, "pvalue": self.scan.pvalue}
-        found = {name: column[self.ids] for name, column in columns.items() if column is not None}
+        found: dict[str, Any] = {name: column[self.ids] for name, column in columns.items() if column is not None}
         known = {n: np.where(np.isfinite(x), x.astype(object), None).tolist() for n, x in found.items()}
         return {"mode": self.mode, "size": len(self.ids), **known}
 
