@@ -813,7 +813,7 @@ _WEIGHTS = (
 def _load(loader: Any, what: str, name: str | Path, revision: str | None, needed: Collection[Any], **more: Any) -> Any:
     # The one place where anything of a checkpoint is loaded: its code is never run, and nothing is asked for.
     folder = home_path(name)
-    path = str(folder) if (local := folder.is_dir()) else str(name)
+    path = str(folder) if (local := os.path.isdir(folder)) else str(name)
     for patterns, lack in needed:
         must(not local or any(any(folder.glob(p)) for p in patterns), f"{name} {lack}", FileNotFoundError)
     for file in folder.iterdir() if local else ():
