@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import textwrap
 import time
 from collections import Counter
@@ -115,12 +116,16 @@ def _memory():
 
 def _cache():
     folder = cache_dir()
-    stands = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    stands = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    try:
+        fits = stat.S_ISDIR(os.stat(folder).st_mode)
+    except OSError as error:  # it may be made yet, unless its name is too long, or a file stands in its way
+        fits = isinstance(error, FileNotFoundError)
     return {
         "folder": str(folder),
         "free": shutil.disk_usage(stands).free,
-        "writable": os.access(stands, os.W_OK),
-        "worlds": len(list(folder.glob("babel-*/babel.json"))),
+        "writable": fits and os.access(stands, os.W_OK),
+        "worlds": len(list(folder.glob("babel-*/babel.json"))) if fits else 0,
     }
 
 # %% ../nbs/18_doctor.ipynb #71c0d9ae

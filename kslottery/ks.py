@@ -699,7 +699,7 @@ def scan_rows(
     Parameters
     ----------
     before, after : array_like of shape (V, d), floating point
-        As for `ks_scan`. NaN is refused; infinities give infinite or undefined distances.
+        As for `ks_scan`. NaN is refused, and so are infinities, or what overflows, by a criterion that is a distance.
     criterion : str, default "ks"
         One of `CRITERIA`.
     counts : array_like of shape (V,), integers, optional
@@ -721,7 +721,8 @@ def scan_rows(
     Raises
     ------
     ValueError
-        As `ks_scan` and `checked_counts`, and for an unknown criterion, missing counts or a share outside (0, 1).
+        As `ks_scan` and `checked_counts`, and for an unknown criterion, missing counts, a share outside (0, 1), or a
+        distance that is not finite.
     TypeError
         If the values are not floating point.
 
@@ -749,6 +750,8 @@ def scan_rows(
         statistic = map_rows(lambda a, b: (np.abs(b - a) > large).sum(axis=1), before, after, **options)
     else:
         statistic = map_rows(_ROW_STATISTICS[criterion], before, after, **options)
+    odd = np.flatnonzero(~np.isfinite(statistic))
+    must(not len(odd), f"row {odd[:1]} holds infinite or huge numbers, and has no {criterion}: scan by ks or sign")
     return Scan(statistic.astype(np.float64), None, d, criterion)
 
 # %% ../nbs/02_ks.ipynb #e021fe2d

@@ -135,7 +135,7 @@ def plot_scan(
             critical_value(alpha, scan.d), color=WHOLE, lw=1, ls="--", label=f"critical value, alpha = {alpha:g}"
         )
     ax.set(
-        xscale="log",
+        xscale="log" if seen.any() else "linear",
         xmargin=0.1,
         ymargin=0.08,
         xlabel="occurrences in the tuning data",

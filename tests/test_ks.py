@@ -396,6 +396,19 @@ def test_only_a_matrix_is_scanned(shape, criterion):
         scan_rows(np.zeros(shape), np.ones(shape), criterion, counts=[1] * 4)
 
 
+@pytest.mark.parametrize("huge", [np.inf, 1e30])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_distance_that_is_not_finite_is_refused(huge):
+    before, after = np.ones((2, 64), np.float32), np.ones((2, 64), np.float32)
+    after[1] = huge
+    for criterion in CRITERIA:
+        if criterion in ("l2", "relative") or np.isinf(huge) and criterion in ("max", "wasserstein"):
+            with pytest.raises(ValueError, match=rf"row \[1\] .*has no {criterion}: scan by ks or sign"):
+                scan_rows(before, after, criterion)
+        else:
+            assert np.isfinite(scan_rows(before, after, criterion, counts=[1, 2]).statistic).all()
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "x", "meta"])
 def test_a_device_that_is_not_here(device):
     for criterion in CRITERIA:

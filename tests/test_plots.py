@@ -80,6 +80,12 @@ def test_a_criterion_without_p_values():
         plot_pvalues(scan)
 
 
+def test_counts_that_are_all_zero_leave_nothing_to_draw():
+    scan, counts = some_scan()
+    ax = plot_scan(scan, 0 * counts, {})
+    assert not ax.texts and png(plot_scan, scan, 0 * counts, {})[:4] == b"\x89PNG"
+
+
 def test_layers_need_a_name_and_two_numbers():
     class Tensor:
         def __init__(self, name, rows, moved):
