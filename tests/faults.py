@@ -47,6 +47,7 @@ from kslottery.ticket import Ticket, TicketBank
 
 TOUCHES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.truncate"}
 TOUCHES |= {"fcntl.flock", "shutil.rmtree"}
+PLANS = r"plan-\w+\.json|ledger"  # a certificate's plan is entered before anything is measured, and stays
 PROVEN = certify_agreement(np.zeros(70), 0.05, epsilon=0.2, vouched=True)
 AUDIT = {"verdict": "habit", "sentence": "The gain is a habit.", "report": "# Audit\n\nIt is.\n", "more": "x" * 20_000}
 
@@ -181,6 +182,10 @@ def state(path):
 
 def hidden(path):
     return any(part.startswith(".") or part.endswith((".part", ".tmp", ".lock")) for part in Path(path).parts)
+
+
+def unplanned(found):
+    return {name: hashed for name, hashed in (found or {}).items() if not re.search(PLANS, name)} or None
 
 
 def named(found, old, new):
@@ -448,7 +453,7 @@ def signals(part, home, seed, scale, acts):
                 faults += [f"{number.name}: leftovers"] * bool(left)
                 if place == "ticket":  # a journal may have been interrupted, and whoever reads goes on with it
                     Victim(silent(lambda here: Ticket.load(here / "ticket")), here).end()
-                found = named(state(here / place), old, new)
+                found = named(unplanned(state(here / place)), unplanned(old), unplanned(new))
                 untrue = "nothing was written" in "".join(lines[-1:]) and state(here / place) != old
                 faults += [f"{number.name}: it says that nothing was written, and it was"] * untrue
                 if name != "audit":  # which keeps its arms
@@ -625,14 +630,14 @@ def full(part, home, seed, scale, acts):
                 faults = [] if status == 0 else sentence(status, lines)
                 if status:
                     told = next((line for line in reversed(lines) if line.startswith("kslottery: ")), "")
-                    if not faults and not (re.search(f"{act.place}|ledger", told) and re.search("space|room", told)):
+                    if not faults and not (re.search(f"{act.place}|{PLANS}", told) and re.search("space|room", told)):
                         faults.append(f"the sentence does not name place and need: {shape(told)}")
-                    entered = "plan-|ledger"  # a certificate's plan is entered before anything is measured
-                    now = {n: h for n, h in (state(here / act.place) or {}).items() if not re.match(entered, n)} or None
+                    now = unplanned(state(here / act.place))
                     faults += [f"the old one is {named(now, old, None)}"] * (now != old)
-                    left = {path for path in listing(here) - before if not re.search(entered, path)}
+                    left = {path for path in listing(here) - before if not re.search(PLANS, path)}
                     faults += ["leftovers"] * bool(left)
-                    if act is certify and "robability" not in out and "ertif" not in out:
+                    early = re.search(PLANS, told)  # before anything was certified
+                    if act is certify and not early and "robability" not in out and "ertif" not in out:
                         faults.append("the certificate was not printed")
                 part.count([f"{act.name}: {f}" for f in faults], f"{leave} bytes left: {status} {lines[-1:]}")
             finally:

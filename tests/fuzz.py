@@ -789,7 +789,8 @@ class Cards(Kind):
             elif place in ("template", "languages"):
                 languages = said.replace("-", "") + "-ca" if place == "languages" else "en-ca"
                 form = said.replace("{", "") + "{source}{target}" if place == "template" else "{source}{target}"
-                ticket.provenance = replace(facts, prompt=Prompt(form, languages))
+                with contextlib.suppress(ValueError):  # no prompt has it, and so no card
+                    ticket.provenance = replace(facts, prompt=Prompt(form, languages))
             elif place == "certificate":
                 place = rng.choice(("claim", "unit", "assumptions", "kind", "facts"))
                 new = (said,) if place == "assumptions" else {said: said, "loss": said} if place == "facts" else said
@@ -1105,6 +1106,9 @@ def place_of(error):
     return f"{Path(own[-1].filename).name}:{own[-1].name}" if own else ""
 
 
+OUTCOMES = Counter()  # of this process: a kind that refuses nothing, or everything, tests nothing
+
+
 def judge(act):
     "Run it: None, or the rule that was broken, the message, where, and the traceback."
     ran = Path(os.environ["KSLOTTERY_FUZZ_RAN"])
@@ -1121,6 +1125,7 @@ def judge(act):
         error, said, rule = broken, str(broken), "contract"
     except BaseException as raised:
         error, said = raised, str(raised)
+        OUTCOMES["refused"] += 1
         if not isinstance(raised, ALLOWED):
             rule = "traceback"
         elif "\n" in said.strip():
@@ -1185,6 +1190,7 @@ def limited(memory=MEMORY):
 def batch(kind, name, seed, numbers, pipe, until):
     "The work of a fork: a line for each case begun, and one for each failure."
     limited()
+    OUTCOMES.clear()
     gc.freeze()  # a collection would copy all that the fork shares
     here = kind.room / f"case-{os.getpid()}"
     os.environ["KSLOTTERY_FUZZ_RAN"] = str(kind.room / f"ran-{os.getpid()}")
@@ -1197,13 +1203,13 @@ def batch(kind, name, seed, numbers, pipe, until):
         done, fault = one(kind, rng_of(name, seed, number), here)
         if fault:
             write({"case": number, "done": done, **fault, "trace": fault["trace"][-1500:]})
-    write({"end": True})
+    write({"end": True, "refused": OUTCOMES["refused"]})
     shutil.rmtree(here, ignore_errors=True)
     os._exit(0)
 
 
 def watch(kind, name, seed, start, count, until, hang=HANG):
-    "Fork for some cases; give the failures, and how many were tried."
+    "Fork for some cases: how many were tried, how many of them refused (in forks that lived), failures, the last."
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         os.close(read)
@@ -1214,7 +1220,7 @@ def watch(kind, name, seed, start, count, until, hang=HANG):
                 os.write(write, json.dumps({"harness": traceback.format_exc()[-1500:]}).encode() + b"\n")
         os._exit(9)
     os.close(write)
-    rest, tried, faults, last, ended = b"", 0, [], None, False
+    rest, tried, refused, faults, last, ended = b"", 0, 0, [], None, False
     while True:
         if not select.select([read], [], [], hang)[0]:
             os.kill(child, signal.SIGKILL)
@@ -1229,7 +1235,7 @@ def watch(kind, name, seed, start, count, until, hang=HANG):
         for record in map(json.loads, lines):
             if "harness" in record:
                 raise RuntimeError(f"the harness itself failed in {name} {last}: {record['harness']}")
-            ended |= "end" in record
+            ended, refused = ended or "end" in record, refused + record.get("refused", 0)
             if "rule" in record:
                 faults.append(record)
             elif "case" in record:
@@ -1245,19 +1251,19 @@ def watch(kind, name, seed, start, count, until, hang=HANG):
                 here = kind.room / "told"
                 shutil.rmtree(here, ignore_errors=True)
                 fault["done"] = kind.case(rng_of(name, seed, fault["case"]), here)[0]
-    return tried, faults, -1 if last is None else last
+    return tried, refused, faults, -1 if last is None else last
 
 
 def mutated(name, seed, seconds, start=0, most=None, size=1000, room=None):
-    "Cases of one kind, from `start`, for some seconds: how many were tried, and all failures."
+    "Cases of one kind, from `start`, for some seconds: how many were tried and refused, all failures, seconds."
     with tempfile.TemporaryDirectory(prefix="kslottery-fuzz-", dir=room) as folder:
-        kind, tried, faults = KINDS[name](Path(folder)), 0, []
+        kind, tried, refused, faults = KINDS[name](Path(folder)), 0, 0, []
         began, number = time.time(), start
         while (left := began + seconds - time.time()) > 0 and (most is None or tried < most):
             count = size if most is None else min(size, most - tried)
-            n, found, last = watch(kind, name, seed, number, count, time.time() + left)
-            tried, faults, number = tried + n, faults + found, max(last, number - 1) + 1
-        return tried, faults, time.time() - began
+            n, no, found, last = watch(kind, name, seed, number, count, time.time() + left)
+            tried, refused, faults, number = tried + n, refused + no, faults + found, max(last, number - 1) + 1
+        return tried, refused, faults, time.time() - began
 
 
 def shared_out(jobs, name, seed, seconds, start, most, room):
@@ -1266,8 +1272,8 @@ def shared_out(jobs, name, seed, seconds, start, most, room):
         return mutated(name, seed, seconds, start, most, room=room)
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         asked = [(name, seed, seconds, start + j * 10**6, most and -(-most // jobs), 1000, room) for j in range(jobs)]
-        tried, faults, took = zip(*pool.starmap(mutated, asked))
-    return sum(tried), [f for found in faults for f in found], max(took)
+        tried, refused, faults, took = zip(*pool.starmap(mutated, asked))
+    return sum(tried), sum(refused), [f for found in faults for f in found], max(took)
 
 
 def shrunk(name, seed, seconds, room=None):
@@ -1315,7 +1321,7 @@ def shrunk(name, seed, seconds, room=None):
             ends = (AssertionError, HypothesisException, KeyboardInterrupt)
             with contextlib.suppress(*ends), contextlib.redirect_stdout(io.StringIO()):
                 seeded(seed + turn)(run)()
-        return tried, list(least.values()), time.time() - began
+        return tried, OUTCOMES["refused"], list(least.values()), time.time() - began
 
 
 def distinct(faults):
@@ -1384,14 +1390,16 @@ def main(words=None):
     for n, name in enumerate(names):
         seconds = max(1.0, end - time.time()) / (1 if most[name] else len(names) - n)
         if given.engine == "mutation":
-            tried, faults, took = shared_out(given.jobs, name, given.seed, seconds, given.start, most[name], room)
+            found = shared_out(given.jobs, name, given.seed, seconds, given.start, most[name], room)
         else:
             with multiprocessing.get_context("fork").Pool(1, limited) as pool:  # it may fail in any way
-                tried, faults, took = pool.apply(shrunk, (name, given.seed, seconds, room))
+                found = pool.apply(shrunk, (name, given.seed, seconds, room))
+        tried, refused, faults, took = found
         rows = distinct(faults)
         total += Counter(tried=tried, failed=len(faults), missing=max(0, (most[name] or 0) - tried))
         print(
-            f"{name:12} {tried:8} tried {len(faults):6} failed, {len(rows):3} distinct, {tried / took:6.0f} a second",
+            f"{name:12} {tried:8} tried {refused:8} refused {len(faults):6} failed, {len(rows):3} distinct, "
+            f"{tried / took:6.0f} a second",
             flush=True,
         )
         for row in rows:
@@ -1402,7 +1410,8 @@ def main(words=None):
             kept = ("rule", "place", "times", "case")
             told = [{k: row[k] for k in kept} | {"message": unplaced(row["message"])} for row in rows]
             how = {"seed": given.seed, "engine": given.engine, "jobs": given.jobs, "seconds": round(took, 1)}
-            store(given.out, "fuzz", {name: {"tried": tried, "failed": len(faults), **how, "faults": told}})
+            tally = {"tried": tried, "refused": refused, "failed": len(faults)}
+            store(given.out, "fuzz", {name: tally | how | {"faults": told}})
     print(f"{total['tried']} tried / {total['failed']} failed")
     if total["missing"]:
         print(f"{total['missing']} of {given.cases} cases were not reached in {minutes:g} minutes: give more")
