@@ -60,7 +60,7 @@ class _Slices:  # of a tensor in a safetensors file, read when asked for
             return self.piece[rows if self.shape else ...]
         return self.piece[:][torch.as_tensor(rows)]
 
-
+# %% ../nbs/12_checkpoints.ipynb #23c10e81
 def _inside(name):  # whether a name in an index is that of a file in the index's folder
     return (
         isinstance(name, str)
@@ -101,9 +101,11 @@ def _files(source):  # of a checkpoint, and the folder they lie in
         try:  # without pickled weights
             path = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", *_VOCABULARIES]))
         except Exception as error:
-            why = " ".join(str(error).split())[:120]
             raise FileNotFoundError(
-                plain(f"{source} is neither a checkpoint here nor one that can be downloaded ({why})")
+                plain(
+                    f"{source} is neither a checkpoint here nor one that can be downloaded "
+                    f"({' '.join(str(error).split()):.120})"
+                )
             ) from error
     must(not is_ticket(path), f"{path} is a ticket, not a checkpoint: write it into its model first (kslottery merge)")
     files = _shards(path)
@@ -132,7 +134,7 @@ def _configuration(path):  # what is read of it has the right type; what else it
         must(all(isinstance(name, str) for name in stated.get("architectures") or ()), "its architectures are no names")
         return stated
 
-
+# %% ../nbs/12_checkpoints.ipynb #39923474
 class Checkpoint:
     """The tensors of a checkpoint, to be read in slices: `checkpoint[name]` has shape, dtype and row slices.
 

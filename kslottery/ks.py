@@ -432,6 +432,10 @@ def checked_counts(counts: Any, V: int) -> np.ndarray:
     ------
     ValueError
         Unless they are V whole numbers, none of them below 0.
+
+    References
+    ----------
+    This project.
     """
     need = f"counts must hold a whole number, 0 or more, for each of the {V:,} rows (how often its token occurs)"
     try:
