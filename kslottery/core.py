@@ -818,6 +818,9 @@ def _load(loader: Any, what: str, name: str | Path, revision: str | None, needed
         must(not local or any(any(folder.glob(p)) for p in patterns), f"{name} {lack}", FileNotFoundError)
     for file in folder.iterdir() if local else ():
         must(not file.is_fifo(), f"{file} is a pipe, which may never end: put a file there")
+    if local and (about := folder / "config.json").is_file():  # each layer is made, one after the other
+        layers = re.search(rb'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*\d{5,}', about.read_bytes())
+        must(not layers, f"{about} is damaged (it asks for 10,000 layers or more): copy it again")
     try:
         with quiet_transformers():
             return loader.from_pretrained(path, revision=revision, trust_remote_code=False, **more)
