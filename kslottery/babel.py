@@ -673,12 +673,11 @@ class _RealRun:  # a model that learns from the rows that `rows(step)` gives
 
         states: dict[str, dict[str, torch.Tensor]] = {}
         with sound(path, "remove it to start again"), safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-            before = record["run"]
+            record = dict(json.loads(file.metadata()["record"]))
             for part, name in map(str.split, file.keys()):
                 states.setdefault(part, {})[name] = file.get_tensor(f"{part} {name}")
         must(
-            before == run,
+            record.get("run") == run,
             f"{path} is the state of another run (other sentences or settings), which can go on: "
             "name another folder, or remove the file to start again",
         )

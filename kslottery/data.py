@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
@@ -167,14 +166,16 @@ def _tsv_records(path, codes):
         f"{path} has the columns {', '.join(head)}: expected a header with {' and '.join(codes or _SIDES)}, "
         "or two columns and no header",
     )
-    bare = len(head) == 2 and named == {False}
-    again, names = ([head], _SIDES) if bare else ([], head)
-    for number, row in enumerate(itertools.chain(again, rows), 1 if bare else 2):
+    first, again, names = (1, [head], _SIDES) if len(head) == 2 and named == {False} else (2, [], head)
+    for number, row in enumerate(itertools.chain(again, rows), first):
         must(
             len(row) == len(names),
             f"line {number} of {path} has {len(row)} columns and the first line {len(names)}: mend or remove it",
         )
         yield number, dict(zip(names, row))
+
+# %% ../nbs/01_data.ipynb #1aaf5977
+_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[^:]*){0,2}")  # owner/name:config:split
 
 
 def _hub_records(spec):
@@ -188,17 +189,14 @@ def _hub_records(spec):
             f"{spec} is neither a file here nor a data set that can be loaded ({plain(str(error), 160)})"
         ) from error
 
-# %% ../nbs/01_data.ipynb #1aaf5977
-_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[^:]*){0,2}")  # owner/name:config:split
-
 
 def _files(data):  # a comma joins two, or stands in the name of one that is there
     if not isinstance(data, str | Path):
         return [str(name) for name in data]
     text = str(data)
     ways = ([text], *([text[: cut.start()], text[cut.end() :]] for cut in re.finditer(",", text)))
-    there = (way for way in ways if all(os.path.exists(os.path.expanduser(name)) for name in way))
-    return next(there, text.split(","))
+    is_there = lambda name: os.path.exists(os.path.expanduser(name))
+    return next((way for way in ways if all(map(is_there, way))), text.split(","))
 
 
 def _records(files, codes):
@@ -220,7 +218,7 @@ def _records(files, codes):
     spec = str(files[0] if _HUB.fullmatch(str(files[0])) else readable_file(files[0]))
     return enumerate(_hub_records(spec), 1)
 
-
+# %% ../nbs/01_data.ipynb #e7f1de9b
 def load_pairs(
     data: str | Path | Sequence[str | Path], languages: str | None = None, limit: int | None = None
 ) -> Pairs:
@@ -264,9 +262,9 @@ def load_pairs(
     must(not _HALF.search(label), f"{label} has a name that is not UTF-8: rename it")
     pairs = Pairs()
     pairs.origin = {"data": ",".join(names), "languages": languages, "limit": limit}
-    for number, record in itertools.islice(_records(files, columns), limit and min(limit, sys.maxsize)):
-        where, inner = f"{unit} {number} of {label}", record.get("translation")
-        fields = inner if isinstance(inner, dict) else record
+    for number, record in itertools.islice(_records(files, columns), limit and min(limit, 2**63 - 1)):
+        fields = inner if isinstance(inner := record.get("translation"), dict) else record
+        where = f"{unit} {number} of {label}"
         columns = _columns_to_read(fields, columns, where)  # what the first record has, all must have
         for name in columns:
             must(fields[name].strip(), f"{where} has an empty {name}: remove the pair")
@@ -310,7 +308,7 @@ class Template:
     Raises
     ------
     TypeError
-        If a value has another type.
+        If a value has another type, or a text has half a character (a surrogate).
     ValueError
         If {source} or {target} does not occur exactly once, or if anything follows {target}.
     """
@@ -320,12 +318,12 @@ class Template:
     chat: bool = False
 
     def __post_init__(self) -> None:
+        texts = all(isinstance(text, str) and not _HALF.search(text) for text in (self.name, self.text))
         must(
-            isinstance(self.name, str) and isinstance(self.text, str) and isinstance(self.chat, bool),
-            f"{self!r} is no template: its name and its text are texts, and chat is True or False",
+            texts and isinstance(self.chat, bool),
+            f"{self!r} is no template: its name and its text are texts without surrogates, and chat is True or False",
             TypeError,
         )
-        must(not _HALF.search(self.name + self.text), f"template {self.name!r} holds half a character (a surrogate)")
         must(
             self.text.count("{source}") == 1 and self.text.find("{target}") == len(self.text) - len("{target}"),
             f"template {self.name!r} needs {{source}} exactly once, and {{target}} exactly once and at its end: "

@@ -232,7 +232,7 @@ def test_an_empty_ticket_is_a_result(tmp_path):
 BAD = [
     (["alpha=1.5"], "alpha is 1.5"),
     (["model=/no/such/model"], "model /no/such/model is neither"),
-    (["train=/no/such.tsv"], "/no/such.tsv does not exist"),
+    (["train=/no/such.tsv"], "/no/such.tsv cannot be found"),
     (["template=Say it: {target}"], "needs {source} exactly once"),
 ]
 
