@@ -782,12 +782,12 @@ def babel(
     if out:
         refuse_strangers(out, lambda path: (path / "babel.json").exists())  # before it is built
     world = kslottery.build_world(seed, size)
+    pairs = {name: kslottery.load_pairs(world.split(name)) for name in ("train", "dev", "test", "calibration")}
     if out:
         built = {path.name for path in world.folder.iterdir()}
         with whole_folder(out, is_own=lambda path: {"babel.json"} <= {p.name for p in path.iterdir()} <= built) as work:
             shutil.copytree(world.folder, work, dirs_exist_ok=True)
         world = dataclasses.replace(world, folder=out)
-    pairs = {name: kslottery.load_pairs(world.split(name)) for name in ("train", "dev", "test", "calibration")}
     record = {
         "model": str(world.folder),
         "seed": seed,

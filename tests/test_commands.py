@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import typer
@@ -23,8 +25,12 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config, T5ForConditionalGeneration
 
+import forks
 from conftest import ROOT, TIED, invoke, talker
-from kslottery import __version__
+from kslottery import __version__, audit, cli
+from kslottery.babel import World
+from kslottery.certificate import certify_agreement
+from kslottery.checkpoints import scan_checkpoints
 from kslottery.cli import app
 from kslottery.core import load_model
 from kslottery.data import Prompt, load_pairs
@@ -302,6 +308,231 @@ def test_a_scan_of_tied_checkpoints_is_shared(tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert is_tied(merged) and torch.equal(merged.generate(X, **GREEDY), model.generate(X, **GREEDY))
     assert (tmp_path / "t" / "adapter_config.json").exists()
+
+
+def one_sentence(error):
+    "What is wrong with how a command refused: nothing, I hope."
+    line = error.removesuffix("\n")
+    return [] if line.startswith("kslottery: ") and line.isprintable() and len(line) < 1000 else [line]
+
+
+@pytest.mark.parametrize("more", ["certificates.json", "audit.json", "embed_rows.safetensors", "thesis.tex", ".hidden"])
+def test_a_scan_replaces_no_more_than_a_scan(more, tmp_path, monkeypatch):
+    "What a scan could make again: so a rerun works. What comes while it scans stays, too."
+    for name in ("base", "tuned"):
+        base_in(tmp_path / name, "llama")
+    monkeypatch.setattr("kslottery.checkpoints.png", lambda *a, **k: b"png")
+    asked = ("scan", tmp_path / "base", tmp_path / "tuned", "--top-k", 2, "--out", tmp_path / "t")
+    assert [invoke(*asked)[0] for _ in range(2)] == [0, 0]
+    real, file = scan_checkpoints, tmp_path / "t" / more
+
+    def meanwhile(*given, **options):
+        file.write_text("years")
+        return real(*given, **options)
+
+    monkeypatch.setattr("kslottery.checkpoints.scan_checkpoints", meanwhile)
+    for scanned in (True, False):
+        status, said, error = invoke(*asked)
+        assert status == 2 and f"({more}): name another folder with --out" in error and not one_sentence(error)
+        assert bool(said) == scanned and file.read_text() == "years"
+        monkeypatch.setattr("kslottery.checkpoints.scan_checkpoints", lambda *a, **k: pytest.fail("it scanned"))
+    file.unlink()
+    about = json.loads((tmp_path / "t" / "ticket.json").read_text()) | {"tensor": None}
+    (tmp_path / "t" / "ticket.json").write_text(json.dumps(about))
+    assert "(tuned rows)" in invoke(*asked)[2]
+
+
+def test_what_was_found_is_printed_even_if_it_cannot_be_kept(recorded, tmp_path, monkeypatch):
+    folder, data = recorded
+    base_in(tmp_path / "tuned", "llama")
+
+    def full(*given, **more):
+        raise OSError("t needs more room")
+
+    for name in ("add_certificates", "add_audit", "save"):
+        monkeypatch.setattr(Ticket, name, full)
+    monkeypatch.setattr("kslottery.checkpoints.png", lambda *a, **k: b"png")
+    proven = certify_agreement(np.zeros(70), 0.05, epsilon=0.2, vouched=True)
+    monkeypatch.setattr("kslottery.certify_ticket", lambda *a, **k: [proven])
+    found = SimpleNamespace(as_dict=lambda: {"verdict": "habit"}, checks=[], lines=[], sentence="It is a habit.")
+    monkeypatch.setattr("kslottery.audit_ticket", lambda *a, **k: found)
+    (folder / "audit" / "arms").mkdir(parents=True)
+    (folder / "audit" / "audit.png").touch()
+    commands = {
+        ("certify", folder, "--calibration", data, "--epsilon", 0.2): (str(proven), "Kept"),
+        ("audit", folder): ("It is a habit.", "card"),
+        ("scan", tmp_path / "base", tmp_path / "tuned", "--top-k", 2, "--out", tmp_path / "n"): ("2 of 64", "figures"),
+    }
+    for words, (part, kept) in commands.items():
+        status, said, error = invoke(*words)
+        assert (status, error) == (2, "kslottery: t needs more room\n") and part in said and kept not in said
+        status, said, _ = invoke(*words, "--json")
+        assert status == 2 and json.loads(said)
+    monkeypatch.setattr(audit, "png", full)  # the folder of the audit itself
+    audited = SimpleNamespace(table=str, as_dict=dict)
+    with pytest.raises(OSError) as raised:
+        audit._write(audited, folder / "audit")
+    assert raised.value.__notes__ == [str(audited)] and os.listdir(folder / "audit") == ["arms", "audit.png"]
+
+    def audited_on_a_full_disk(*given, **more):
+        raise raised.value
+
+    monkeypatch.setattr("kslottery.audit_ticket", audited_on_a_full_disk)
+    assert invoke("audit", folder)[2] == f"{audited}\nkslottery: t needs more room\n"
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("certify", "--groups", "odd.bin"), "odd.bin is damaged"),
+        (("certify", "--groups", "."), ". is a folder: name a file"),
+        (("certify", "--plan", "--pilot", "odd.bin"), "odd.bin is no pilot"),
+        (("certify", "--plan", "--pilot", "x" * 300), "File name too long"),
+        (("audit", "--groups", "/dev/zero"), "a pipe or a device"),
+        (("audit", "--test", "a\x07b"), "a\\x07b"),
+        (("audit", "--out", "~nosuchuser/x"), "user's home"),
+        (("audit", "--out", "mine"), "holds something else"),
+        (("audit", "--out", "other"), "other holds audit.md but no arms"),
+        (("scan", "--counts", "."), ". is a folder"),
+        (("scan", "--counts", "odd.bin"), "write a list with a number for each token"),
+        (("scan", "--counts", "deep.json"), "deep.json is damaged"),
+        (("scan", "--out", "."), "name a folder in it"),
+        (("scan", "--out", "~nosuchuser/x"), "user's home"),
+        (("scan", "--csv", "\x1b[31m" + "y" * 2000), "in a folder that exists"),
+        (("merge", "--out", "odd.bin/x"), "odd.bin"),
+        (("merge", "--out", "x" * 300), "too long"),
+        (("peft", "--out", "mine"), "something else"),
+        (("card", "--base-model", "a\nb"), "a\\nb"),
+        (("babel", "--out", "mine"), "something else"),
+        (("run", "--parameters-file", "a\x1bb"), "a\\x1bb"),
+        (("run", "x" * 300), "there is no notebook"),
+        (("run", "~nosuchuser/x"), "there is no notebook"),
+    ],
+)
+def test_odd_paths_get_one_sentence_before_anything_is_loaded(words, sentence, recorded, monkeypatch):
+    "And nothing is made, changed or removed."
+    folder, data = recorded
+    monkeypatch.chdir(folder.parent)
+    Path("odd.bin").write_bytes(b"\xff\xfe\x00")
+    Path("deep.json").write_text("[" * 100_000)
+    for name, file in (("mine", "thesis.tex"), ("other", "audit.md")):
+        Path(name).mkdir()
+        (Path(name) / file).write_text("years")
+    here = lambda: {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()} | {"": os.listdir()}
+    before = here()
+    for name in ("kslottery.ticket.load_model", "kslottery.cli.load_model", "kslottery.checkpoints.open_pair"):
+        monkeypatch.setattr(name, lambda *a, **more: pytest.fail("it was loaded"))
+    monkeypatch.setattr("kslottery.build_world", lambda *a, **more: pytest.fail("it was built"))
+    needs = {
+        "certify": ("t", "--calibration", data, "--epsilon", 0.1),
+        "scan": ("base", "tuned"),
+        **dict.fromkeys(("audit", "merge", "card"), ("t",)),
+        "peft": ("base", "--model", "base"),
+    }
+    command, *options = words
+    status, said, error = invoke(command, *needs.get(command, ()), *options)
+    assert status == 2 and said == "" and sentence in error and not one_sentence(error), error
+    assert here() == before
+
+
+@pytest.mark.parametrize("command", ["merge", "peft"])
+def test_what_another_makes_meanwhile_stays(command, recorded, monkeypatch):
+    "Two at once: the first that is done has it, the other is refused."
+    folder, _ = recorded
+    out, real = folder.parent / "m", load_model
+
+    def slow(*given, **more):
+        out.mkdir()
+        (out / "config.json").write_text("theirs")
+        return real(*given, **more)
+
+    assert invoke("peft", folder, "--out", folder.parent / "a")[0] == 0
+    monkeypatch.setattr(cli, "load_model", slow)
+    status, said, error = invoke(command, folder if command == "merge" else folder.parent / "a", "--out", out)
+    assert status == 2 and said == "" and "something else" in error and not one_sentence(error), error
+    assert os.listdir(out) == ["config.json"] and sorted(os.listdir(folder.parent)) == sorted(
+        ["a", "base", "m", "pairs.tsv", "t"]
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_unwinds_a_command(number, recorded):
+    "Twice, as when a terminal closes: one sentence, a status that names the signal, and nothing left."
+    folder, _ = recorded
+    room = folder.parent
+    code = """import sys, time
+from pathlib import Path
+from kslottery import cli
+def load(*given, **more):
+    try:
+        Path("begun").touch()
+        time.sleep(60)
+    finally:
+        Path("begun").unlink()
+        time.sleep(0.3)
+        Path("ended").touch()
+cli.load_model, sys.argv = load, ["kslottery", "merge", "t", "--out", "m"]
+cli.main()"""
+    before = set(os.listdir(room))
+    process = subprocess.Popen([*forks.PYTHON, code], cwd=room, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (room / "begun").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    if number != signal.SIGINT:
+        time.sleep(0.1)
+        process.send_signal(number)
+    error = process.communicate(timeout=30)[1]
+    assert (process.returncode, error) == (
+        128 + number,
+        "kslottery: interrupted; nothing is half-written: give the same command again\n",
+    )
+    assert {*os.listdir(room)} - before == {"ended"}
+
+
+def test_signals_before_the_work_and_under_nohup(monkeypatch, capsys):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    found = {number: signal.getsignal(number) for number in numbers}
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        monkeypatch.setattr(cli, "app", stopped)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 130 and capsys.readouterr().err.startswith("kslottery: interrupted; ")
+        assert [signal.getsignal(number) for number in numbers] == [cli._stop, cli._stop, signal.SIG_IGN]
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler)
+
+
+def test_an_answer_that_cannot_be_written(recorded):
+    "One sentence, and no status 0; but who stops reading hears nothing."
+    folder, _ = recorded
+    with open("/dev/full", "w") as full:
+        for command in ([sys.executable, "-c", MAIN, "--version"], ["kslottery", "card", str(folder)]):
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+            assert done.returncode == 2 and "standard output" in done.stderr and not one_sentence(done.stderr)
+    pipe = f"kslottery card {folder} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True)
+    assert done.stdout.strip() in ("0", "1") and done.stderr == ""
+
+
+def test_a_copy_of_the_world_replaces_nothing_but_one(tmp_path, monkeypatch):
+    world = tmp_path / "world"
+    world.mkdir()
+    (world / "babel.json").write_text('{"parameters": 1}')
+    for name in ("train", "dev", "test", "calibration"):
+        (world / f"{name}.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    monkeypatch.setattr("kslottery.build_world", lambda *a: World(world))
+    asked = ("babel", "--out", tmp_path / "copy")
+    assert [invoke(*asked)[0] for _ in range(2)] == [0, 0]
+    (tmp_path / "copy" / "thesis.tex").write_text("years")
+    assert invoke(*asked)[0] == 2 and (tmp_path / "copy" / "thesis.tex").exists()
 
 
 COMMANDS = typer.main.get_command(app).commands
