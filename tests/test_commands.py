@@ -668,7 +668,8 @@ def test_a_failed_cell_is_status_1_and_keeps_the_notebook(source, words, tmp_pat
     ) == ["own.ipynb"]
 
 
-def test_ctrl_c_stops_a_run(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_stops_a_run(number, tmp_path):
     own = notebook(
         tmp_path, "seed = 0", "print('begun')\nimport pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)"
     )
@@ -681,10 +682,10 @@ def test_ctrl_c_stops_a_run(tmp_path):
         if (tmp_path / "begun").exists():
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     error = process.communicate(timeout=30)[1]
     assert (
-        process.returncode == 130
+        process.returncode == 128 + number
         and "interrupted; the notebook so far: runs/own/own.ipynb" in error
         and "Traceback" not in error
     )

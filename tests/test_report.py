@@ -52,7 +52,8 @@ def report(asked, tmp_path_factory):
     cells = [
         text(
             "# A hostile <vocabulary>\n\n> What a token can do.\n\n"
-            "[worlds](../16_babel.ipynb#the-world), [mine](mine.ipynb)"
+            "[worlds](../16_babel.ipynb#the-world), [mine](mine.ipynb)\n\n"
+            f"<BASE href='{asked[0]}/base/'><meta/http-equiv=refresh content='0;url={asked[0]}/refresh'>"
         ),
         code(f"token = {TOKEN!r}\nout = 'out'  # where to", metadata={"tags": ["parameters"]}),
         code("print(token, 'printed')"),
@@ -68,7 +69,8 @@ def report(asked, tmp_path_factory):
         ),
         code(
             f"from IPython.display import HTML\nloads = '<img src=\"{asked[0]}/image\"><link rel=stylesheet'\n"
-            f"HTML('<p id=raw>raw</p>' + token + loads + ' href=\"{asked[0]}/style\">')"
+            f"away = '<form action={asked[0]}/form><svg><metadata></metadata></svg><input name=password></form>'\n"
+            f"HTML('<p id=raw>raw</p>' + token + away + loads + ' href=\"{asked[0]}/style\">')"
         ),
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "hostile.ipynb")
@@ -101,6 +103,17 @@ def test_what_the_page_says(report):
         and "-p out=" in footer
     )
     assert len(page) < 500_000
+
+
+def test_nothing_leads_away(report):
+    "Not by itself, and not by a form: what would is shown as text, and the policy forbids it, too."
+    head, body = report.read_text().split("<body>")
+    assert (
+        re.findall(r"<(/?(?:meta|base|form|link)[\s/>])", body, re.IGNORECASE) == [] and "<metadata></metadata>" in body
+    )
+    for tag in ("&lt;BASE href", ""&lt;meta/http-equiv=refresh"lt;meta http-equiv", "&lt;form action", "&lt;/form>", "&lt;link rel"):
+        assert tag.lower() in body.lower()
+    assert re.search("content=\"default-src 'none';[^\"]* base-uri 'none'; form-action 'none'\"", head)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "audit", "tasks"])
@@ -171,7 +184,8 @@ def test_nothing_runs_and_nothing_is_loaded(driver, report, asked):
         driver.title == "A hostile <vocabulary>"
         and driver.execute_script("return document.getElementById('raw').textContent") == "raw"
     )
-    assert asked[1] == []
+    assert asked[1] == [] and driver.current_url == report.as_uri()
+    assert driver.execute_script("return [document.baseURI, document.forms.length]") == [report.as_uri(), 0]
     text = driver.execute_script("return document.querySelector('main').innerText")
     assert f"{TOKEN} printed" in text and driver.execute_script(
         "return [...document.querySelectorAll('td')].some(t => t.textContent == arguments[0])", TOKEN
