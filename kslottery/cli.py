@@ -277,7 +277,7 @@ def run(
                 1,
             )
         write_report(executed, report)
-    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    found = read_json(results, dict, "look at what the notebook writes") if results.exists() else {}
     summary = found.get("summary", [])
     paths = {"folder": place, "notebook": executed, "report": report, "results": results if found else None}
     record = {name: value and str(value) for name, value in paths.items()} | {"summary": summary}
