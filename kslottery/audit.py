@@ -17,7 +17,17 @@ import numpy as np
 import scipy
 from jinja2 import Template
 
-from .core import fingerprint, home_path, must, settle, to_accelerator, told, whole_files, write_json
+from kslottery.core import (
+    fingerprint,
+    home_path,
+    must,
+    refuse_strangers,
+    settle,
+    to_accelerator,
+    told,
+    whole_files,
+    write_json,
+)
 from .data import INSTRUCTION, Example, Pair, Prompt, Role, encode_all, seen_before, token_counts, token_text
 from .decomposition import Bootstrap, Decomposition, Interval, decompose, forced_stop, recovery, simultaneous
 from .evaluation import METRICS, Generation, Translation, score, signatures, translate
@@ -908,13 +918,9 @@ def _judged(bench, texts, facts) -> Audit:
     )
 
 # %% ../nbs/14_audit.ipynb #3c1d5e88
-def _refuse_another(folder):
-    taken = [name for name in ("audit.json", "audit.md", "audit.png") if (folder / name).exists()]
-    must(
-        not taken or (folder / "arms").is_dir(),
-        f"{folder} holds {''.join(taken[:1])} but no arms, so no audit wrote it: name another folder, or move it away",
-        FileExistsError,
-    )
+def _is_audited(folder):  # or about to be: what it is of may be there, too
+    known, found = {"arms", "audit.json", "audit.md", "audit.png"}, {path.name for path in folder.glob("[!.]*")}
+    return found <= ({"ticket", "model"} | (known if "arms" in found else set()))
 
 
 def _write(audit, folder):
@@ -968,7 +974,7 @@ def audit_ticket(
         training pairs are not the ticket's; if the ticket does not allow an arm of the settings, the groups are not
         one for each sentence, or the metric returns something that is no score.
     FileExistsError
-        If there is an `audit.md` (say) in the folder that no audit wrote.
+        If the folder holds something else, or an `audit.md` (say) that no audit wrote.
 
     References
     ----------
@@ -977,7 +983,7 @@ def audit_ticket(
     """
     place = out or (ticket.folder and Path(ticket.folder) / "audit")
     if place:
-        _refuse_another(place := home_path(place))
+        refuse_strangers(place := home_path(place), _is_audited)
     bench = _bench(ticket, test, train, model, tokenizer, settings or AuditSettings())
     asked, counts = bench.settings, token_counts(bench.train_set or bench.test_set, ticket.provenance.V)
     facts = {

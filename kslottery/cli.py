@@ -129,8 +129,7 @@ def _say(record: Any, as_json: bool, *lines: object) -> None:
     typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(map(str, lines)))
 
 
-def _home(path: Path | None) -> Path | None:  # no shell writes out the ~ of --out=~/ticket
-    return path and home_path(path)
+_home = lambda path: path and home_path(path)  # no shell writes out the ~ of --out=~/ticket
 
 
 def _text(path: Path) -> str:
@@ -565,9 +564,6 @@ _Fast = Annotated[
 _Metric = Annotated[str, typer.Option(help="What the verdict counts in: bleu, chrf, chrf++, ter, spbleu or spbleu200.")]
 
 # %% ../nbs/19_cli.ipynb #46727b18
-_AUDITED = {"arms", "audit.json", "audit.md", "audit.png"}
-
-
 def _say_audit(done, out, card, as_json):
     _say(
         done.as_dict(),
@@ -616,7 +612,6 @@ def audit(
     out = out or ticket / "audit"
     with _kept(f"finished arms are kept in {out}: run the same command to go on"):
         found = kslottery.Ticket.load(ticket)
-        refuse_strangers(out, lambda path: {p.name for p in path.glob("[!.]*")} <= _AUDITED)
         prompt = _prompt(found, template, languages)
         fresh = _pairs(found, "test", test, prompt.languages, limit)
         settings = kslottery.AuditSettings(

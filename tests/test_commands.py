@@ -333,7 +333,7 @@ def test_a_scan_replaces_no_more_than_a_scan(more, tmp_path, monkeypatch):
     monkeypatch.setattr("kslottery.checkpoints.scan_checkpoints", meanwhile)
     for scanned in (True, False):
         status, said, error = invoke(*asked)
-        assert status == 2 and f"({more}): name another folder with --out" in error and not one_sentence(error)
+        assert status == 2 and f"({more}): name another folder with --out" in error.splitlines()[-1]
         assert bool(said) == scanned and file.read_text() == "years"
         monkeypatch.setattr("kslottery.checkpoints.scan_checkpoints", lambda *a, **k: pytest.fail("it scanned"))
     file.unlink()
@@ -365,7 +365,8 @@ def test_what_was_found_is_printed_even_if_it_cannot_be_kept(recorded, tmp_path,
     }
     for words, (part, kept) in commands.items():
         status, said, error = invoke(*words)
-        assert (status, error) == (2, "kslottery: t needs more room\n") and part in said and kept not in said
+        assert status == 2 and error.endswith("kslottery: t needs more room\n") and "Traceback" not in error
+        assert part in said and kept not in said
         status, said, _ = invoke(*words, "--json")
         assert status == 2 and json.loads(said)
     monkeypatch.setattr(audit, "png", full)  # the folder of the audit itself
@@ -392,7 +393,7 @@ def test_what_was_found_is_printed_even_if_it_cannot_be_kept(recorded, tmp_path,
         (("audit", "--test", "a\x07b"), "a\\x07b"),
         (("audit", "--out", "~nosuchuser/x"), "user's home"),
         (("audit", "--out", "mine"), "holds something else"),
-        (("audit", "--out", "other"), "other holds audit.md but no arms"),
+        (("audit", "--out", "other"), "other exists and holds something else"),
         (("scan", "--counts", "."), ". is a folder"),
         (("scan", "--counts", "odd.bin"), "write a list with a number for each token"),
         (("scan", "--counts", "deep.json"), "deep.json is damaged"),
