@@ -13,8 +13,6 @@ from urllib.parse import quote
 
 import jinja2
 
-from .certificate import _safe
-
 # %% auto #0
 __all__ = ['card']
 
@@ -24,6 +22,10 @@ def _code(value: object) -> str:  # a code span that can stand in a table's cell
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     fence = "`" * max([1, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _safe(text: str) -> str:  # one line that means itself
+    return re.sub(r"[<>&\\`*_\[\]#|~]", lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
 
 
 def _quoted(markdown: str) -> str:  # its blocks end with it, and no tag, link or image can open in it

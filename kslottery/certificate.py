@@ -25,10 +25,6 @@ __all__ = ['CLAIMS', 'Certificate', 'ks_margin_bound', 'Losses', 'risk_bound', '
            'paired_difference', 'holm']
 
 # %% ../nbs/09_certificate.ipynb #ec316162
-def _safe(text: str) -> str:  # in which no tag, link or block of Markdown can open
-    return re.sub(r"[<>&\\`*_\[\]#|~$]", lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
-
-
 @dataclass(frozen=True)
 class Certificate:
     """What was claimed, and on what grounds.
@@ -96,9 +92,10 @@ class Certificate:
         str
             Markdown in which no text of the certificate can open a tag, a link or a block of its own.
         """
-        bullets = "\n".join(f"- {'and' if i else 'if'} {_safe(a)}" for i, a in enumerate(self.assumptions))
-        folded = f"<details><summary>The full sentence</summary>\n\n{_safe(self.claim)}\n\n</details>"
-        return f"**{_safe(self.headline)}**\n\n{bullets}\n\n{folded}\n"
+        safe = lambda text: re.sub(r"[<>&\\`*_\[\]#|~$]", lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
+        bullets = "\n".join(f"- {'and' if i else 'if'} {safe(a)}" for i, a in enumerate(self.assumptions))
+        folded = f"<details><summary>The full sentence</summary>\n\n{safe(self.claim)}\n\n</details>"
+        return f"**{safe(self.headline)}**\n\n{bullets}\n\n{folded}\n"
 
     _repr_markdown_ = markdown
 

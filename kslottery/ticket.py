@@ -11,7 +11,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partialmethod
 from html import escape
 from importlib.metadata import version
@@ -182,9 +182,12 @@ _MADE_BY = {"prompt": Prompt.from_dict, "recipe": Recipe.from_dict, "generation"
 def _read(name: str, value: Any) -> Any:  # one fact out of JSON: a tuple of a list, an object of its dictionary
     with sound(name, "it is no such record"):
         made = _MADE_BY[name](value) if isinstance(value, dict) and name in _MADE_BY else value
+        for one in (made, getattr(made, "engine", None), getattr(made, "template", None)):
+            if is_dataclass(one):
+                check_field_types(one)
     return tuple(made) if isinstance(made, list) else made
 
-
+# %% ../nbs/11_ticket.ipynb #fb04c53f
 @dataclass(frozen=True)
 class _Facts:
     model: str
@@ -215,8 +218,7 @@ class _Facts:
         check_field_types(self)
         if self.base_model == "":
             object.__setattr__(self, "base_model", _hub_id(self.model))
-        prints, origins = self.fingerprints, [origin for origin in (self.train, self.test) if origin is not None]
-        dtype = getattr(torch, self.dtype, None)
+        prints, dtype, origins = self.fingerprints, getattr(torch, self.dtype, None), (self.train, self.test)
         _demand(
             (
                 all(
@@ -241,7 +243,7 @@ class _Facts:
             (
                 all(
                     isinstance(origin.get(name), kind)
-                    for origin in origins
+                    for origin in (one for one in origins if one is not None)
                     for name, kind in (("data", str), ("languages", str | None), ("limit", int | None))
                 ),
                 f"train and test are {origins!r:.60}: they must name data, languages and limit",
@@ -401,7 +403,7 @@ def _check_audit(audit: dict[str, Any] | None) -> None:  # what the card needs o
     said = [known.get("sentence"), known.get("report"), found.get("metric", "") if isinstance(found, dict) else None]
     must(all(isinstance(one, str) for one in said), "its sentence, its report or its metric is no text: audit again")
 
-
+# %% ../nbs/11_ticket.ipynb #13a91a6e
 @dataclass(eq=False, repr=False)
 class _Parts:
     ids: np.ndarray
@@ -599,6 +601,10 @@ def _from_schema_1(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 # %% ../nbs/11_ticket.ipynb #dcd9e07d
+_PARTS = {"embed_rows.safetensors", "scan.safetensors", "sentences.txt"}
+_MADE = {"ticket.json", "README.md", "adapter_config.json", "adapter_model.safetensors"}  # anew at every save
+
+
 def _once(*certificates: Iterable[Certificate]) -> list[Certificate]:  # each, in the order in which they came
     with sound("a certificate", "make it again with kslottery certify"):
         return [*{one.to_json(): one for some in certificates for one in some}.values()]
@@ -906,9 +912,6 @@ class _Folder(_Adapter):
             self._write_adapter(work)
 
 # %% ../nbs/11_ticket.ipynb #b0a1c3da2
-_MADE = {"ticket.json", "README.md", "adapter_config.json", "adapter_model.safetensors"}  # anew at every save
-
-
 class _Kept(_Folder):
     _known: ClassVar[Any] = (None, None)  # provenance and audit when the ticket was read or written
 
@@ -958,9 +961,8 @@ class _Kept(_Folder):
         with locked(place):
             settle(place)
             lost = self._lost(place, files) if is_ticket(place) else []
-            if not {"embed_rows.safetensors", "scan.safetensors", "sentences.txt"} & {*lost}:
-                with contextlib.suppress(ValueError, FileNotFoundError):  # it is another ticket, or none
-                    new = self._joined(place)
+            with contextlib.suppress(ValueError, FileNotFoundError):  # it is another ticket, or none
+                new = None if _PARTS & {*lost} else self._joined(place)
             if new is not None:
                 with whole_files(place) as work:
                     new._write(work, new._texts(place, files))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .core import check_field_types, plain
 from .data import Example
 from .rows import MODES, TunedRows
 from .training import Engine, Training, _check_numbers, train
@@ -110,12 +109,9 @@ class Recipe:
             If there is a field that a recipe does not have, or a value that it cannot have.
         """
         try:
-            made = cls(**{**values, "engine": Engine(**values.get("engine", {}))})
-            check_field_types(made)
-            check_field_types(made.engine)
-            return made
+            return cls(**{**values, "engine": Engine(**values.get("engine", {}))})
         except (AttributeError, OverflowError, TypeError) as error:
-            raise ValueError(f"this is no recipe ({plain(str(error))}): was it written by another version?") from error
+            raise ValueError(f"this is no recipe ({error}): was it written by another version?") from error
 
 # %% ../nbs/06_tuning.ipynb #a79eb0ff
 def tune_rows(
