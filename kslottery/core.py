@@ -448,7 +448,7 @@ def told(path: str | Path, room: Path | None = None) -> Iterator[None]:
         kind = type(error) if isinstance(error, OSError) else OSError
         raise kind(plain(f"{path if own else named} {words}")) from None
 
-
+# %% ../nbs/00_core.ipynb #a7d10c06
 def _lock(folder: Path, wait: bool = True) -> int | None:  # a handle; None if it is another's, or there are no locks
     with contextlib.suppress(OSError, ValueError):
         handle = os.open(folder, os.O_RDONLY)
@@ -548,7 +548,7 @@ def _room(path: Path) -> Iterator[Path]:
         if handle is not None:
             os.close(handle)
 
-
+# %% ../nbs/00_core.ipynb #a7d10c07
 def _target(path: str | Path) -> Path:  # of a link what it leads to
     path = home_path(path)
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
@@ -818,9 +818,6 @@ def _load(loader: Any, what: str, name: str | Path, revision: str | None, needed
         must(not local or any(any(folder.glob(p)) for p in patterns), f"{name} {lack}", FileNotFoundError)
     for file in folder.iterdir() if local else ():
         must(not file.is_fifo(), f"{file} is a pipe, which may never end: put a file there")
-    if local and (about := folder / "config.json").is_file():  # each layer is made, one after the other
-        layers = re.search(rb'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*\d{5,}', about.read_bytes())
-        must(not layers, f"{about} is damaged (it asks for 10,000 layers or more): copy it again")
     try:
         with quiet_transformers():
             return loader.from_pretrained(path, revision=revision, trust_remote_code=False, **more)
@@ -837,7 +834,7 @@ def _load(loader: Any, what: str, name: str | Path, revision: str | None, needed
             fault = f"cannot be loaded, a file is damaged, missing or not known ({said}): copy it again"
         raise ValueError(plain(f"{what} {name} {fault}")) from error
 
-
+# %% ../nbs/00_core.ipynb #a7d10c08
 def load_config(name: str | Path, revision: str | None = None) -> Any:
     """Load a model's configuration; none of its code is run.
 
@@ -957,6 +954,8 @@ def load_model(
 
     place = find_device(device)
     tokenizer = _load(AutoTokenizer, "the tokenizer of", name, revision, [_CONFIG, _WEIGHTS, _TOKENIZER])
+    layers = getattr(load_config(name, revision).get_text_config(), "num_hidden_layers", 0)
+    must(not isinstance(layers, int) or layers < 10_000, f"model {name} asks for {layers} layers: is its config whole?")
     more = dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
     model, found = _load(AutoModelForCausalLM, "model", name, revision, [], **more)
     lost = sorted(found["missing_keys"])  # transformers would go on with random numbers

@@ -875,8 +875,9 @@ class _Folder(_Adapter):
 
     def _derived(self) -> dict[str, Any]:  # what ticket.json repeats of the parts, for readers of JSON
         columns = {} if self.scan is None else {"statistic": self.scan.statistic, "pvalue": self.scan.pvalue}
-        found: dict[str, Any] = {name: column[self.ids] for name, column in columns.items() if column is not None}
-        known = {n: np.where(np.isfinite(x), x.astype(object), None).tolist() for n, x in found.items()}
+        found = {name: column[self.ids] for name, column in columns.items() if column is not None}
+        pairs = {name: zip(x.tolist(), np.isfinite(x).tolist()) for name, x in found.items()}
+        known = {name: [value if finite else None for value, finite in pair] for name, pair in pairs.items()}
         return {"mode": self.mode, "size": len(self.ids), **known}
 
     def _texts(self, folder: Path, files: dict[str, bytes]) -> dict[str, bytes]:  # all of them, and none is written

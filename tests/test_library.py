@@ -152,7 +152,6 @@ def test_no_code_of_a_checkpoint_is_run():
     ]
 
 
-
 # Import
 
 

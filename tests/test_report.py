@@ -111,8 +111,8 @@ def test_nothing_leads_away(report):
     assert (
         re.findall(r"<(/?(?:meta|base|form|link)[\s/>])", body, re.IGNORECASE) == [] and "<metadata></metadata>" in body
     )
-    for tag in ("&lt;BASE href", ""&lt;meta/http-equiv=refresh"lt;meta http-equiv", "&lt;form action", "&lt;/form>", "&lt;link rel"):
-        assert tag.lower() in body.lower()
+    for tag in ("&lt;base href", "&lt;meta content", "&lt;form action", "&lt;/form>", "&lt;link rel"):
+        assert tag in body
     assert re.search("content=\"default-src 'none';[^\"]* base-uri 'none'; form-action 'none'\"", head)
 
 
