@@ -13,6 +13,7 @@ __all__ = ['plain', 'must', 'one_of', 'check_field_types', 'bar_label', 'progres
 import contextlib
 import errno
 import filecmp
+import functools
 import hashlib
 import json
 import os
@@ -105,6 +106,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
+_hints = functools.cache(get_type_hints)
+
+
 def check_field_types(record: Any) -> None:
     """Hold the fields of a dataclass to their annotations.
 
@@ -118,7 +122,7 @@ def check_field_types(record: Any) -> None:
     TypeError
         If a field, or an element of one, is of another type.
     """
-    for name, hint in get_type_hints(type(record)).items():
+    for name, hint in _hints(type(record)).items():
         if name in record.__dataclass_fields__ and not _fits(value := getattr(record, name), hint):
             kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
             named = ("nothing" if k is NoneType else k.__name__ if isinstance(k, type) else str(k) for k in kinds)

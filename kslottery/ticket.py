@@ -836,8 +836,7 @@ class _Adapter(_Bound):
             )
         with sound(folder, "copy the adapter again"):
             about = PeftConfig.from_pretrained(folder)
-            stored, _ = _tensors(Path(folder, "adapter_model.safetensors"))
-            kind = about.peft_type.value
+            stored, kind = _tensors(Path(folder, "adapter_model.safetensors"))[0], about.peft_type.value
         known = [f"base_model.model.{m}.trainable_tokens_delta" for m in _modules(model)]  # PEFT stores tied rows twice
         strange = [name for name in stored if name not in known]
         _demand(
