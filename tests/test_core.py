@@ -257,9 +257,8 @@ def test_a_model_of_too_many_layers_is_not_begun(tmp_path):
     TOY.save_pretrained(tmp_path)
     about = tmp_path / "config.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "num_hidden_layers": 2**70}))
-    for load in (load_config, load_model):
-        with pytest.raises(ValueError, match="10,000 layers"):
-            load(tmp_path)
+    with pytest.raises(ValueError, match=f"asks for {2**70} layers"):
+        load_model(tmp_path)
 
 
 def test_a_pipe_in_a_checkpoint_is_refused(tmp_path):
