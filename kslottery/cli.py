@@ -306,7 +306,7 @@ _SCANNED = {"ticket.json", "README.md", "rows.safetensors", "scan.safetensors", 
 _SCANNED |= {"adapter_model.safetensors", "rank.png", "pvalues.png", "frequency.png", "layers.png", "layers.json"}
 
 
-def _refuse_more_than_a_scan(out):
+def _refuse_more_than_a_scan(out):  # and tell which one is there, if any
     from kslottery.ticket import is_ticket
 
     refuse_strangers(out, is_ticket)
@@ -319,6 +319,9 @@ def _refuse_more_than_a_scan(out):
             "move it away",
             FileExistsError,
         )
+        about = (out / "ticket.json").stat()
+        return about.st_ino, about.st_mtime_ns
+    return None
 
 
 def _say_scan(found, ticket, out, csv, as_json):  # out and csv as far as they could be written
@@ -376,7 +379,7 @@ def scan(
     from kslottery.checkpoints import Checkpoint, scan_checkpoints, scan_figures
     from kslottery.ticket import Selection
 
-    _refuse_more_than_a_scan(out)
+    before = _refuse_more_than_a_scan(out)
     Selection(criterion, alpha, top_k, correction)  # a bad value is refused before the work
     must(
         top_k or criterion in ("ks", "sign"),
@@ -400,7 +403,11 @@ def scan(
     ticket, written = found.ticket(alpha, top_k=top_k, correction=correction), dict[str, Any]()
     try:
         figures = scan_figures(found, ticket, counts=numbers, everything=everything)
-        _refuse_more_than_a_scan(out)  # meanwhile
+        must(
+            _refuse_more_than_a_scan(out) == before,
+            f"{out} was written by somebody else meanwhile, and is left as it is: name another folder with --out",
+            FileExistsError,
+        )
         ticket.save(out, figures)
         written["out"] = out
         if csv:

@@ -410,7 +410,7 @@ _MENDS = {
     errno.ENAMETOOLONG: "has a name that is too long: shorten it",
     errno.ENOTDIR: "has a file on its way where a folder should be: name another place",
     errno.EISDIR: "is a folder: name a file",
-    errno.EEXIST: "was made by somebody else meanwhile, and is left as it is: name another place",
+    errno.EEXIST: "exists already, and is left as it is: name another place",
     errno.ENOTEMPTY: "was made by somebody else meanwhile, and is left as it is: name another place",
 }
 
