@@ -106,7 +106,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
-_hints = functools.cache(get_type_hints)
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def check_field_types(record: Any) -> None:
