@@ -143,7 +143,7 @@ class Trap(fuzz.Kind):
         lambda: input("shall I?"),
         lambda: open(os.environ["KSLOTTERY_FUZZ_RAN"], "w").close(),
         lambda: sys.exit(0),
-        lambda: must(False, "red", lambda text: ValueError(f"\x1b[31m{text}")),
+        lambda: must(False, "the table is red", lambda text: ValueError(f"{text}\x1b[31m: mend it")),
         lambda: 1,
     )
 
