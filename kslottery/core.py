@@ -356,7 +356,11 @@ def refuse_strangers(path: str | Path, is_own: Callable[[Path], bool]) -> None:
     FileExistsError
         If `path` exists, is not empty and is not recognised by `is_own`.
     """
-    path = home_path(path)
+    settle(path)
+    _refuse(home_path(path), is_own)
+
+
+def _refuse(path: Path, is_own: Callable[[Path], bool]) -> None:
     must(
         path.name not in ("", ".."),
         f"{path} is where you are, or above it, and cannot be replaced: name a folder in it",
@@ -590,8 +594,18 @@ def whole_folder(path: str | Path, is_own: Callable[[Path], bool]) -> Iterator[P
     """
     refuse_strangers(path, is_own)
     path = _target(path)
-    with told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield from _whole(path, is_own)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()
+
+
+def _whole(path: Path, is_own: Callable[[Path], bool]) -> Iterator[Path]:
     with _room(path) as room:
         work, was = room / "work", room / "was"
         work.mkdir()
@@ -601,7 +615,7 @@ def whole_folder(path: str | Path, is_own: Callable[[Path], bool]) -> Iterator[P
             for made in work.rglob("*"):
                 _permit_as_umask_asks(made)
             with locked(path.parent), locked(path):
-                refuse_strangers(path, is_own)
+                _refuse(path, is_own)
                 other = path.exists() and (before is None or not _is_at(before, path))
                 must(
                     not other or not any(path.iterdir()),

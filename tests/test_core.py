@@ -273,3 +273,21 @@ def test_a_pipe_in_a_checkpoint_is_refused(tmp_path):
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(ValueError, match="choose auto, cpu"):
         find_device(name)
+
+
+def test_folders_above_go_with_what_was_not_made(tmp_path):
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "a" / "b" / "c", bool):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+    with whole_folder(tmp_path / "a" / "b" / "c", bool):
+        pass
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_who_is_refused_has_tidied_up(tmp_path):
+    (tmp_path / "t").mkdir()
+    dies_in(whole_folder(tmp_path / "t", bool))
+    (tmp_path / "t" / "theirs").touch()
+    with pytest.raises(FileExistsError, match="something else"), whole_folder(tmp_path / "t", lambda path: False):
+        pass
+    assert not hidden_in(tmp_path)
