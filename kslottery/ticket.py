@@ -251,6 +251,12 @@ class _Facts:
         )
 
 # %% ../nbs/11_ticket.ipynb #7e6ea17f
+def _as_json(value: Any) -> Any:  # of a fact
+    if isinstance(value, tuple | dict):
+        return list(value) if isinstance(value, tuple) else dict(value)
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
 class Provenance(_Facts):
     """Where a ticket came from; checked when it is made and when it is read.
 
@@ -298,9 +304,8 @@ class Provenance(_Facts):
 
     def as_dict(self) -> dict[str, Any]:
         "The facts as JSON-ready values; those of the selection stand among the others."
-        record = asdict(self)
-        chosen = record.pop("selection") or {}
-        return record | {"tokens": list(self.tokens), "counts": self.counts and list(self.counts)} | chosen
+        record = {f.name: _as_json(getattr(self, f.name)) for f in fields(self)}
+        return record | (record.pop("selection") or {})
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Provenance:
