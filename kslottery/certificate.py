@@ -127,6 +127,9 @@ class Certificate:
             lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored}
             made = cls(**lists)
             check_field_types(made)
+            numbers = (made.confidence, made.bound or 0.0, made.n, made.size or 0)
+            sane = 0 < made.confidence <= 1 and math.isfinite(numbers[1]) and min(numbers[2:]) >= 0
+            must(sane, f"its confidence, bound, n and size are {numbers}")
             str(made)  # the headline takes numbers and words out of `path` and `facts`
             return made
         except Exception as error:  # what is no certificate fails in many ways

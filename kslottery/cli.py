@@ -300,8 +300,9 @@ _Csv = Annotated[
     Path | None,
     typer.Option(callback=_home, metavar="FILE.csv", help="Write the whole scan as a table, too, best row first."),
 ]
+_Round = Annotated[bool, typer.Option("--round", help="If the dtypes differ, round both to the coarser first.")]
 
-
+# %% ../nbs/19_cli.ipynb #a7d10d01
 _SCANNED = {"ticket.json", "README.md", "rows.safetensors", "scan.safetensors", "adapter_config.json"}
 _SCANNED |= {"adapter_model.safetensors", "rank.png", "pvalues.png", "frequency.png", "layers.png", "layers.json"}
 
@@ -365,9 +366,7 @@ def scan(
     everything: _Everything = False,
     criterion: _Criterion = "ks",
     counts: _Counts = None,
-    round_: Annotated[
-        bool, typer.Option("--round", help="If the dtypes differ, round both to the coarser first.")
-    ] = False,
+    round_: _Round = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     csv: _Csv = None,
     as_json: _Json = False,
@@ -488,6 +487,15 @@ def _words(one, full):  # of a certificate; and the price of looking, if sentenc
     more = [price.format(n=one.n, bound=one.bound, **one.facts)] if one.kind == "anytime" else []
     return "\n".join([str(one), *[f"  {one.claim}"] * full, *more, ""])
 
+
+def _keep_certificates(found, done, full, as_json):
+    words = [_words(c, full) for c in done]
+    try:
+        found.add_certificates(done)
+        words.append(f"Kept in {found.folder / 'certificates.json'}")
+    finally:  # what was proven is said even if it cannot be kept
+        _say([json.loads(c.to_json()) for c in done], as_json, *words)
+
 # %% ../nbs/19_cli.ipynb #b04e5c27
 @app.command()
 def certify(
@@ -549,12 +557,7 @@ def certify(
         other = load_model(reference, dtype=found.provenance.dtype)[0] if reference else None
         more: Any = dict(epsilon=epsilon, delta=delta, reference=other, settings=settings)
         done = kslottery.certify_ticket(_sourced(found, model, revision), fresh, **more)
-    words = [_words(c, full) for c in done]
-    try:
-        found.add_certificates(done)
-        words.append(f"Kept in {found.folder / 'certificates.json'}")
-    finally:  # what was proven is said even if it cannot be kept
-        _say([json.loads(c.to_json()) for c in done], as_json, *words)
+    _keep_certificates(found, done, full, as_json)
 
 # %% ../nbs/19_cli.ipynb #1c4738eb
 _Tuned = Annotated[
@@ -570,7 +573,7 @@ _Fast = Annotated[
 ]
 _Metric = Annotated[str, typer.Option(help="What the verdict counts in: bleu, chrf, chrf++, ter, spbleu or spbleu200.")]
 
-# %% ../nbs/19_cli.ipynb #46727b18
+
 def _say_audit(done, out, card, as_json):
     _say(
         done.as_dict(),
@@ -582,7 +585,7 @@ def _say_audit(done, out, card, as_json):
         f"\n{done.sentence}",
     )
 
-
+# %% ../nbs/19_cli.ipynb #46727b18
 @app.command()
 def audit(
     ticket: _Ticket,

@@ -581,3 +581,10 @@ def test_a_difference_is_on_the_scale_of_people():
         and 0.02 < found.path[0]["bound"] < found.bound == 0.05
     )
     assert certify_tickets({4: mine}, 0.01, 0.05).abstained
+
+
+@pytest.mark.parametrize("odd", [{"confidence": 60}, {"confidence": -1.0}, {"n": -3}, {"size": -1}, {"bound": 1e999}])
+def test_numbers_that_no_certificate_has_are_refused(odd):
+    sound = certify_agreement(np.zeros(60), 0.05, epsilon=0.2, vouched=True)
+    with pytest.raises(ValueError, match="is not a certificate .*confidence, bound, n and size are"):
+        Certificate.from_json(json.dumps({**json.loads(sound.to_json()), **odd}))
