@@ -764,7 +764,6 @@ class Cards(Kind):
         "base_model",
         "license",
         "revision",
-        "dtype",
         "tensor",
         "tuned",
         "embedding_module",
