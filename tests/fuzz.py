@@ -460,7 +460,7 @@ class Tickets(Kind):
 
 
 def _sane(c):
-    kinds = (str, str, bool, float | int | None, float, int, str, tuple, bool, int | None, tuple, dict)
+    kinds = (str, str, bool, float | int | None, float | int, int, str, tuple, bool, int | None, tuple, dict)
     return all(isinstance(v, k) for v, k in zip(vars(c).values(), kinds)) and all(
         isinstance(a, str) for a in c.assumptions
     )
