@@ -402,12 +402,7 @@ def scan(
     ticket, written = found.ticket(alpha, top_k=top_k, correction=correction), dict[str, Any]()
     try:
         figures = scan_figures(found, ticket, counts=numbers, everything=everything)
-        must(
-            _refuse_more_than_a_scan(out) == before,
-            f"{out} was written by somebody else meanwhile, and is left as it is: name another folder with --out",
-            FileExistsError,
-        )
-        ticket.save(out, figures)
+        ticket.save(out, figures, lambda path: _refuse_more_than_a_scan(path) == before)
         written["out"] = out
         if csv:
             with whole_file(csv) as part:

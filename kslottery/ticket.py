@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partialmethod
 from html import escape
@@ -944,7 +944,12 @@ class _Kept(_Folder):
         own = {f"{n}.safetensors" for n in ("rows", "embed_rows", "scan") if getattr(self, n) is not None}
         return sorted({p.name for p in folder.iterdir() if p.suffix != ".kslottery"} - own - _MADE - {*files})
 
-    def save(self, folder: str | Path, extra: dict[str, bytes] | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        extra: dict[str, bytes] | None = None,
+        may_replace: Callable[[Path], bool] = is_ticket,
+    ) -> None:
         """Write the ticket folder, whole or not at all.
 
         If the folder holds this ticket already, its certificates, its audit and all other files in it are kept.
@@ -955,6 +960,8 @@ class _Kept(_Folder):
             The folder to write; the ticket is at home there from then on.
         extra : dict of str to bytes, or None
             More files for it (figures, say), by name.
+        may_replace : function of a Path
+            False if the ticket that is there, right before it is replaced, is to be left alone.
 
         Raises
         ------
@@ -965,6 +972,11 @@ class _Kept(_Folder):
         files, new = (extra or {}) | ({"sentences.txt": hashes} if hashes else {}), None
         with locked(place):
             settle(place)
+            must(
+                not is_ticket(place) or may_replace(place),
+                f"{folder} was written by somebody else meanwhile, and is left as it is: name another folder",
+                FileExistsError,
+            )
             lost = self._lost(place, files) if is_ticket(place) else []
             with contextlib.suppress(ValueError, FileNotFoundError):  # it is another ticket, or none
                 new = None if _PARTS & {*lost} else self._joined(place)
@@ -978,7 +990,7 @@ class _Kept(_Folder):
                 "name another folder, or move it away",
                 FileExistsError,
             )
-            with whole_folder(place, lambda path: is_ticket(path) and not self._lost(path, files)) as work:
+            with whole_folder(place, lambda path: may_replace(path) and not self._lost(path, files)) as work:
                 self._write(work, self._texts(work, files))
         self._become(new or self, place.absolute())
 
