@@ -126,7 +126,8 @@ def _root(
 
 
 def _say(record: Any, as_json: bool, *lines: object) -> None:
-    typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(map(str, lines)))
+    said = json.dumps(record, ensure_ascii=False) if as_json else "\n".join(map(str, lines))
+    typer.echo(said.encode(errors="backslashreplace").decode())  # a lone surrogate, of a path say, is no UTF-8
 
 
 _home = lambda path: path and home_path(path)  # no shell writes out the ~ of --out=~/ticket

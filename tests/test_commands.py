@@ -865,3 +865,10 @@ def test_the_doctor_where_something_is_missing(monkeypatch):
     found = json.loads(done.stdout)
     assert done.returncode == 1 and [n for n, p in found["packages"].items() if not p["ok"]] == ["torch", "scipy"]
     assert "torch cannot be imported" in found["notes"][0] and done.stderr == ""
+
+
+def test_an_answer_of_no_utf_8_is_given_all_the_same(tmp_path):
+    base_in(tmp_path / "base", "llama")
+    ticket_in(tmp_path / "t", tmp_path / "base")
+    status, said, error = invoke("merge", tmp_path / "t", "--out", tmp_path / "m", "--revision", "\ud800", "--json")
+    assert status == 0 and json.loads(said)["revision"] == "\ud800", error
