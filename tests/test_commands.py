@@ -461,9 +461,11 @@ def test_a_signal_unwinds_a_command(number, recorded):
     "Twice, as when a terminal closes: one sentence, a status that names the signal, and nothing left."
     folder, _ = recorded
     room = folder.parent
-    code = """import sys, time
+    code = """import signal, sys, time
 from pathlib import Path
 from kslottery import cli
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell without job control makes its children deaf
+    signal.signal(number, signal.SIG_DFL)
 def load(*given, **more):
     try:
         Path("begun").touch()
@@ -500,7 +502,8 @@ def test_signals_before_the_work_and_under_nohup(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         monkeypatch.setattr(cli, "app", stopped)
         with pytest.raises(SystemExit) as end:
             cli.main()

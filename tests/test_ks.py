@@ -319,7 +319,9 @@ def test_criteria_are_what_they_say(seed, d):
     assert np.array_equal(value["ks"].statistic, ks_statistic(before, after))
     expected = [stats.binomtest(int((x > 0).sum()), int((x != 0).sum())).pvalue if (x != 0).any() else 1 for x in delta]
     assert np.allclose(value["sign"].pvalue, expected, rtol=1e-9)
-    assert abs(value["lota"].statistic.sum() - 0.1 * delta.size) <= 1 + 1e-3 * delta.size
+    edge = np.quantile(np.abs(delta), 0.9)  # found to 2e-4 of itself: who is as near may be on either side
+    near = np.isclose(np.abs(delta), edge, rtol=5e-4, atol=0).sum()
+    assert abs(value["lota"].statistic.sum() - 0.1 * delta.size) <= 1 + near
     for c, scan in value.items():
         assert len(scan.statistic) == 8 and (c == "frequency" or scan.statistic[2] == 0)
         if scan.pvalue is None:
