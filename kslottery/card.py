@@ -13,6 +13,8 @@ from urllib.parse import quote
 
 import jinja2
 
+from .core import markdown_text
+
 # %% auto #0
 __all__ = ['card']
 
@@ -22,10 +24,6 @@ def _code(value: object) -> str:  # a code span that can stand in a table's cell
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     fence = "`" * max([1, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def _safe(text: str) -> str:  # one line that means itself
-    return re.sub(r"[<>&\\`*_\[\]#|~]", lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
 
 
 def _quoted(markdown: str) -> str:  # its blocks end with it, and no tag, link or image can open in it
@@ -179,5 +177,5 @@ def card(ticket: Any, figures: Sequence[str] = ()) -> str:
         rows=[{name: forms.get(name, str)(value) for name, value in row.items()} for row in best],
         making=_making(ticket, named),
         figures=figures,
-        **{"code": _code, "safe": _safe, "quoted": _quoted, "quote": quote, "repr": repr},
+        **{"code": _code, "safe": markdown_text, "quoted": _quoted, "quote": quote, "repr": repr},
     )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
-from .core import check_field_types, fingerprint, must, one_of, plain
+from .core import check_field_types, fingerprint, markdown_text, must, one_of, plain
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Certificate', 'ks_margin_bound', 'Losses', 'risk_bound', 'certify_agreement', 'sentences_needed',
@@ -92,10 +92,9 @@ class Certificate:
         str
             Markdown in which no text of the certificate can open a tag, a link or a block of its own.
         """
-        safe = lambda text: re.sub(r"[<>&\\`*_\[\]#|~$]", lambda m: f"&#{ord(m[0])};", " ".join(text.split()))
-        bullets = "\n".join(f"- {'and' if i else 'if'} {safe(a)}" for i, a in enumerate(self.assumptions))
-        folded = f"<details><summary>The full sentence</summary>\n\n{safe(self.claim)}\n\n</details>"
-        return f"**{safe(self.headline)}**\n\n{bullets}\n\n{folded}\n"
+        bullets = "\n".join(f"- {'and' if i else 'if'} {markdown_text(a)}" for i, a in enumerate(self.assumptions))
+        folded = f"<details><summary>The full sentence</summary>\n\n{markdown_text(self.claim)}\n\n</details>"
+        return f"**{markdown_text(self.headline)}**\n\n{bullets}\n\n{folded}\n"
 
     _repr_markdown_ = markdown
 

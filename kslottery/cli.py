@@ -471,9 +471,17 @@ def _say_plan(fresh, asked, figure, as_json):
     _say(planned.as_dict(), as_json, planned, *([f"The figure: {figure}"] if figure else []))
 
 
+def _groups(path, pairs):  # the document of each pair, as far as they go
+    from kslottery.data import read_lines
+
+    return read_lines(path)[: len(pairs or ())] if path else None
+
+
 def _numbers(path):
+    from kslottery.data import read_lines
+
     try:
-        return [float(word) for word in _text(path).split()] if path else None
+        return [float(word) for line in read_lines(path) for word in line.split()] if path else None
     except ValueError:
         raise ValueError(f"{path} is no pilot: it must hold numbers, one loss or difference a line") from None
 
@@ -538,7 +546,7 @@ def certify(
         train=_pairs(found, "train", train, spoken) if found and (train or ladder == "tuning") else None,
         prompt=prompt,
         generation=_generation(found, max_new_tokens=max_new_tokens, batch_size=batch_size) if found else None,
-        groups=_text(groups).splitlines()[: len(fresh or ())] if groups else None,
+        groups=_groups(groups, fresh),
         vouched=vouched,
         until=until,
         n_plan=n_plan,
@@ -624,7 +632,7 @@ def audit(
             fast=fast,
             metric=metric,
             delta=delta,
-            groups=_text(groups).splitlines()[: len(fresh)] if groups else None,
+            groups=_groups(groups, fresh),
             prompt=prompt,
             generation=_generation(found, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size),
             bootstrap=kslottery.Bootstrap(samples=samples, seed=seed),

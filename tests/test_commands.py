@@ -385,7 +385,7 @@ def test_what_was_found_is_printed_even_if_it_cannot_be_kept(recorded, tmp_path,
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (("certify", "--groups", "odd.bin"), "odd.bin is damaged"),
+        (("certify", "--groups", "odd.bin"), "odd.bin holds a NUL"),
         (("certify", "--groups", "."), ". is a folder: name a file"),
         (("certify", "--plan", "--pilot", "odd.bin"), "odd.bin is no pilot"),
         (("certify", "--plan", "--pilot", "x" * 300), "File name too long"),

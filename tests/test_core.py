@@ -291,3 +291,13 @@ def test_who_is_refused_has_tidied_up(tmp_path):
     with pytest.raises(FileExistsError, match="something else"), whole_folder(tmp_path / "t", lambda path: False):
         pass
     assert not hidden_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["was", "done", "work"])
+def test_a_file_may_be_called_as_the_parts_of_a_room_are(tmp_path, name):
+    "Half a file called `was` would be taken for an old folder that lay aside."
+    dies_in(whole_file(tmp_path / name))
+    settle(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+    write_json(tmp_path / name, [])
+    assert os.listdir(tmp_path) == [name]
