@@ -52,7 +52,7 @@ def report(asked, tmp_path_factory):
     cells = [
         text(
             "# A hostile <vocabulary>\n\n> What a token can do.\n\n"
-            "[worlds](../16_babel.ipynb#the-world), [mine](mine.ipynb)\n\n"
+            "[worlds](../19_babel.ipynb#the-world), [mine](mine.ipynb)\n\n"
             f"<BASE href='{asked[0]}/base/'><meta/http-equiv=refresh content='0;url={asked[0]}/refresh'>"
         ),
         code(f"token = {TOKEN!r}\nout = 'out'  # where to", metadata={"tags": ["parameters"]}),
