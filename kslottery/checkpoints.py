@@ -46,6 +46,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")  # a folder with none of these has no tokenizer
 
 _EMBEDDINGS = tuple(f"{e}.weight" for e in ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"))
+_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class _Slices:  # of a tensor in a safetensors file, read when asked for
@@ -217,6 +218,17 @@ class Checkpoint:
         )
         return found[0]
 
+    def head(self) -> str | None:
+        """The name of the output embedding; None if it is tied to the input, or no tensor looks like one."""
+        found = [name for name in self.names if name.endswith(_HEADS)]
+        return found[0] if len(found) == 1 and not self.tied else None
+
+    @property
+    def padding(self) -> int | None:
+        """The token that its configuration never has learned; None if there is none, or if it ends texts, too."""
+        pad, ends = self._config.get("pad_token_id"), self._config.get("eos_token_id")
+        return pad if isinstance(pad, int) and pad not in (ends if isinstance(ends, list) else [ends]) else None
+
     @property
     def tied(self) -> bool:
         """Whether its configuration ties input and output embeddings; an older one leaves that to its architecture."""
@@ -333,7 +345,7 @@ class _Matched:  # the tuned rows in the order of the base, read when asked for;
 
 # %% ../nbs/13_checkpoints.ipynb #dc39561f
 def _of_tokens(base, name):  # whether the rows of a matrix are tokens
-    return bool(name.endswith((*_EMBEDDINGS, "lm_head.weight", "embed_out.weight")) or base.named)
+    return bool(name.endswith(_EMBEDDINGS + _HEADS) or base.named)
 
 
 def _comparable(base, tuned, name):

@@ -326,7 +326,7 @@ def _refuse_more_than_a_scan(out):  # and tell which one is there, if any
     return None
 
 
-def _say_scan(found, ticket, out, csv, as_json):  # out and csv as far as they could be written
+def _say_scan(found, ticket, health, out, csv, as_json):  # out and csv as far as they could be written
     facts, matched = ticket.provenance, found.match
     record = {
         "size": len(ticket.ids),
@@ -337,6 +337,7 @@ def _say_scan(found, ticket, out, csv, as_json):  # out and csv as far as they c
         "changed": facts.changed,
         "matched": matched and {name: getattr(matched, name) for name in ("by", "new", "gone", "padding")},
         "apart": found.apart,
+        "health": health and health.as_dict(),
         "out": out and str(out),
         "csv": csv and str(csv),
     }
@@ -347,6 +348,7 @@ def _say_scan(found, ticket, out, csv, as_json):  # out and csv as far as they c
         f"{found.tensor}: {facts.changed:,} of {facts.V:,} rows changed at all{same}.",
         *filter(None, [found.note]),
         f"\n{ticket}\n",
+        *([f"{health}\n"] if health else []),
         *([f"The ticket, the scan and its figures: {out}"] if out else []),
         *([f"The whole scan as a table: {csv}"] if csv else []),
     )
@@ -377,6 +379,7 @@ def scan(
     Example: kslottery scan llama-base llama-tuned --alpha 0.05 --out ticket
     """
     from kslottery.checkpoints import Checkpoint, scan_checkpoints, scan_figures
+    from kslottery.health import checkpoint_health
     from kslottery.ticket import Selection
 
     before = _refuse_more_than_a_scan(out)
@@ -401,6 +404,8 @@ def scan(
         progress=True,
     )
     ticket, written = found.ticket(alpha, top_k=top_k, correction=correction), dict[str, Any]()
+    rows = found.tensor in found.base.embeddings()  # of a vocabulary; of any other matrix there is no such thing to say
+    health = checkpoint_health(found.tuned, found.base, tensor=found.tensor) if rows else None
     try:
         figures = scan_figures(found, ticket, counts=numbers, everything=everything)
         ticket.save(out, figures, lambda path: _refuse_more_than_a_scan(path) == before)
@@ -410,7 +415,7 @@ def scan(
                 found.table(numbers).to_csv(part, index=False)
             written["csv"] = csv
     finally:  # what was found is said even if it cannot be kept
-        _say_scan(found, ticket, written.get("out"), written.get("csv"), as_json)
+        _say_scan(found, ticket, health, written.get("out"), written.get("csv"), as_json)
 
 # %% ../nbs/22_cli.ipynb #dd601e95
 _Calibration = Annotated[
@@ -819,13 +824,26 @@ def babel(
 
 # %% ../nbs/22_cli.ipynb #394398d8
 @app.command()
-def doctor(as_json: _Json = False) -> None:
-    """Say what is installed, what the machine can do, what is missing for what, and how to get it.
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Look at the rows of this checkpoint instead: a folder, a file or a Hub id.")
+    ] = None,
+    tokenizer: _Tokenizer = None,
+    as_json: _Json = False,
+) -> None:
+    """Say what is installed here, and what is missing for what; or which rows of a checkpoint look untrained.
 
     Example: kslottery doctor --json
     """
+    if model:
+        from kslottery.checkpoints import Checkpoint
+        from kslottery.health import checkpoint_health
+
+        health = checkpoint_health(Checkpoint(model, tokenizer))
+        return _say(health.as_dict(), as_json, health)
     from kslottery.doctor import describe, examine
 
+    must(tokenizer is None, "--tokenizer belongs to a checkpoint: name that, too")
     found = examine()
     _say(found, as_json, describe(found))
     raise typer.Exit(0 if found["ok"] else 1)
