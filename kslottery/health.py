@@ -55,10 +55,15 @@ def _kinds(points, usual):  # of each point; `usual` says which of them are the 
     spread = 1.4826 * (measure - middle).abs().median() if len(measure) else torch.tensor(0.0)
     far, alike = max(math.log(_FAR), _SPREADS * spread.item()), torch.zeros_like(sound)
     alike[sound] = _alike(points[sound])
+    rows, at_mean = points[:, :-1] * length[:, None].exp(), torch.zeros_like(sound)  # projected, and so is their mean
+    if len(measure):
+        mean = rows[sound & usual].mean(0)  # if it is next to nothing, what lies beside it is only short
+        at_mean = (rows - mean).norm(dim=1) <= torch.minimum(_ALIKE * middle.exp(), mean.norm() / 2)
     for kind, holds in {
         "short": length < middle - far,
         "long": length > middle + far,
         "duplicate": alike,
+        "mean": at_mean,
         "zero": length < middle + math.log(_NOTHING),
         "nan": length.isnan() | length.isposinf(),
     }.items():
@@ -79,8 +84,8 @@ def odd_rows(rows: Any, sample: Any) -> list[str | None]:
     Returns
     -------
     list of str or None
-        "nan", "zero", "duplicate" (of one of the sample, or of another in question), "long", "short"; None: like the
-        others.
+        "nan", "zero", "mean" (where a new row starts), "duplicate" (of one of the sample, or of another in question),
+        "long", "short"; None: like the others.
     """
     import torch
 
@@ -93,20 +98,22 @@ def _listed(names, most=5):  # "a, b, c, d, e and 3 more"
     return ", ".join(map(str, names[:most])) + more
 
 
-def _advice(kinds, special, one_sided):
-    found = {*kinds.values()}
+def _advice(kinds, special, ends, sides):
+    found, where = {*kinds.values()}, "row" if sides == 1 else f"{' and '.join(kinds)} row"
     if "missing" in found:
         return "the tokenizer knows more tokens than the model; resize the embedding, or take the model's own tokenizer"
     if "nan" in found:
         return "training broke; go back to an earlier checkpoint and tune again with a lower learning rate"
     if found == {"long"}:
         return "set by hand, or diverging; compare with an earlier checkpoint, or start anew at the mean row"
-    where = "row" if one_sided else f"{' and '.join(kinds)} row"
     why = "seldom trained, or kept small by training" if found == {"short"} else "hardly trained"
+    why = "never tuned since it was added" if found == {"mean"} else why
+    if ends:
+        return f"{why}, and it ends texts; tune its {where}"
     if special and [*kinds] == ["output"]:
         return f"{why}; fine if it is never to be written, as what only opens a text, else tune its {where}"
     if special:
-        return f"{why}; tune its {where} before a template or an end of turn relies on it"
+        return f"{why}; tune its {where} before a template relies on it"
     return f"{why}; harmless where texts have no such token, else tune its {where}"
 
 
@@ -117,8 +124,8 @@ class OddRows:
     Attributes
     ----------
     kinds : dict of str
-        What is odd, by side ("input", "output"): "nan", "zero", "duplicate", "long", "short", as by `odd_rows`, or
-        "missing", if there is no row.
+        What is odd, by side ("input", "output"): "nan", "zero", "mean", "duplicate", "long", "short", as by
+        `odd_rows`, or "missing", if there is no row.
     special : bool
         Whether they are special tokens.
     ids : tuple of int
@@ -141,9 +148,9 @@ class OddRows:
         return f"{many}{'s' * (len(self.ids) > 1)} ({_listed(self.tokens or self.ids)}): {what}; {self.do}"
 
 
-def _group(kinds, special, ids, tokenizer, sides):
+def _group(kinds, special, ends, ids, tokenizer, sides):
     tokens = () if tokenizer is None else tuple(token_text(tokenizer, ids))
-    return OddRows(kinds, special, tuple(ids), tokens, _advice(kinds, special, sides == 1))
+    return OddRows(kinds, special, tuple(ids), tokens, _advice(kinds, special, ends, sides))
 
 # %% ../nbs/14_health.ipynb #5bfc6496
 @dataclass(frozen=True)
@@ -267,28 +274,24 @@ def row_health(input: Any, output: Any = None, tokenizer: Any = None, *, padding
     sides = {"input": input} if output is None else {"input": input, "output": output}
     uneven = [matrix.shape[0] for matrix in sides.values() if matrix.shape[0] != V]
     must(not uneven, f"the head has {uneven[:1]} rows and the input {V:,}: look at each alone")
-    known, special = ids, []
+    known, rank, end = ids, {}, None
     if tokenizer is not None:
-        known, special = np.unique([*tokenizer.get_vocab().values()]), _special(tokenizer)
-        if padding is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-            padding = tokenizer.pad_token_id
-    usual = np.isin(ids, known)
+        known, end = np.unique([*tokenizer.get_vocab().values()]), tokenizer.eos_token_id
+        rank = {i: n for n, i in enumerate(_special(tokenizer))}
+        padding = tokenizer.pad_token_id if padding is None and tokenizer.pad_token_id != end else padding
+    usual, groups, broken = np.isin(ids, known), dict[tuple[Any, ...], list[int]](), {"missing", "nan"}
     looks = {side: _looks(matrix, torch.from_numpy(usual)) for side, matrix in sides.items()}
-    odd, rank = (
-        np.any([kinds.astype(bool) & usual for kinds in looks.values()], axis=0),
-        {i: n for n, i in enumerate(special)},
-    )
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    broken = {"missing", "nan"}
+    odd = usual & np.any([kinds.astype(bool) for kinds in looks.values()], axis=0)
     for i in sorted([*ids[odd].tolist(), *known[known >= V].tolist()], key=lambda i: (rank.get(i, len(rank)), i)):
         kinds = {"input": "missing"} if i >= V else {side: kinds[i] for side, kinds in looks.items() if kinds[i]}
-        if i != padding or broken & {*kinds.values()}:
-            groups.setdefault((i in rank, *kinds.items()), []).append(i)
-    ordered = sorted(
-        groups.items(),
-        key=lambda group: (not broken & {kind for _, kind in group[0][1:]}, not group[0][0], -len(group[1])),
-    )
-    found = [_group(dict(kinds), first, some, tokenizer, len(sides)) for (first, *kinds), some in ordered]
+        mild = not broken & {*kinds.values()}
+        if i != padding or not mild:
+            groups.setdefault((mild, i not in rank, i != end, *kinds.items()), []).append(i)
+    ordered = sorted(groups.items(), key=lambda group: (group[0][:3], -len(group[1])))  # the worst first, and the most
+    found = [
+        _group(dict(what), not other, not last, some, tokenizer, len(sides))
+        for (_, other, last, *what), some in ordered
+    ]
     return RowHealth(V, tuple(sides), tuple(found), tuple(ids[~usual].tolist()))
 
 # %% ../nbs/14_health.ipynb #1f42e5f2
