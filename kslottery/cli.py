@@ -727,7 +727,7 @@ def convert(
     from kslottery.ticket import Ticket, is_ticket
 
     if is_ticket(source):
-        _sourced(Ticket.load(source), model, revision).to_peft(out, form)
+        _sourced(Ticket.load(source), model, revision).save_peft(out, form)
         _say({"out": str(out), "holds": "adapter", "form": form}, as_json, f"The PEFT adapter ({form}): {out}")
     else:
         must(form != "lora", f"{source} is no ticket folder, and --as says how a ticket is written: leave it out")

@@ -25,6 +25,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from .adapters import FORMS, obstacle, read_adapter, write_adapter
 from .card import card
 from .certificate import Certificate
 from kslottery.core import (
@@ -726,57 +727,17 @@ class _Bound(_Told):
         self.check(model, tokenizer)
         return model, tokenizer
 
-# %% ../nbs/12_ticket.ipynb #c41b7a90
-_FORMS = ("trainable_tokens", "lora")
-
-
-def _as_adapter(facts, rows, base) -> tuple[Any, dict[str, Any]]:  # PEFT's configuration and tensors; a LoRA with base
-    from peft import LoraConfig, TrainableTokensConfig
-
-    about: Any = {
-        "target_modules": [facts.embedding_module],
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": facts.model,
-        "revision": facts.revision,
-        "inference_mode": True,
-    }
-    if base is None:
-        both = (facts.embedding_module, facts.output_module)  # PEFT misses its rows in a tied output otherwise
-        tensors = {f"{module}.trainable_tokens_delta": rows.weight.detach() for module in both if module}
-        return TrainableTokensConfig(token_indices=rows.ids.tolist(), **about), tensors
-    name, k = f"{facts.embedding_module}.lora_embedding", len(rows)
-    places = torch.nn.functional.one_hot(rows.ids, facts.V).float()
-    return LoraConfig(r=k, lora_alpha=k, **about), {f"{name}_A": places, f"{name}_B": rows.delta(base).T.contiguous()}
-
 # %% ../nbs/12_ticket.ipynb #cac934b7
 class _Adapter(_Bound):
     def _obstacle(self, form: str) -> str | None:
-        tied, lora = self.provenance.tied_embeddings and self.mode == "input_only", form == "lora"
-        reasons = {
-            "the ticket is empty": not len(self.ids),
-            "the ticket has no tuned rows": self.rows is None,
-            "the model ties input and output embeddings, and this ticket changes the input only, which trainable "
-            "tokens cannot; `kslottery peft TICKET --as lora` writes it as a LoRA": tied and not lora,
-            "its rows are read by the output, too, and a LoRA holds rows of the input only; take trainable_tokens": lora
-            and self.mode == "shared",
-        }
-        return next((reason for reason, true in reasons.items() if true), None)
+        return obstacle(self.provenance, self.rows, self.mode, form)
 
     @property
     def peft_obstacle(self) -> str | None:
         "Why the ticket's folder is no PEFT adapter of trainable tokens, and what to do; None if it is one."
         return self._obstacle("trainable_tokens")
 
-    def _write_adapter(self, folder: Path, base: Any = None) -> None:  # as a LoRA, if the base is given
-        config, tensors = _as_adapter(self.provenance, cast(TunedRows, self.rows), base)
-        config.save_pretrained(folder)
-        save_file(
-            {f"base_model.model.{module}": tensor.cpu().numpy() for module, tensor in tensors.items()},
-            folder / "adapter_model.safetensors",
-            {"format": "pt"},
-        )
-
-    def to_peft(
+    def save_peft(
         self, folder: str | Path, form: str = "trainable_tokens", *, model: Any = None, tokenizer: Any = None
     ) -> None:
         """Write the ticket as a PEFT adapter and nothing else, whole or not at all.
@@ -800,11 +761,11 @@ class _Adapter(_Bound):
         ValueError
             If the form is another or cannot hold the ticket, and as `base`.
         """
-        one_of("form", form, _FORMS)
+        one_of("form", form, FORMS)
         must((why := self._obstacle(form)) is None, f"PEFT cannot hold this ticket as {form}: {why}")
         base = self.base(model, tokenizer)[0] if form == "lora" else None
         with whole_folder(folder, is_own=lambda path: False) as work:
-            self._write_adapter(work, base)
+            write_adapter(work, self.provenance, cast(TunedRows, self.rows), base)
 
     @classmethod
     def from_peft(cls, folder: str | Path, model: Any, tokenizer: Any) -> Self:
@@ -831,34 +792,11 @@ class _Adapter(_Bound):
         ValueError
             If it is another kind of adapter, or one that tunes more than the input embedding's rows.
         """
-        from peft import PeftConfig
-
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            must(
-                os.path.isfile(Path(folder, file)),
-                f"{folder} holds no {file}: give a PEFT adapter saved as safetensors",
-                FileNotFoundError,
-            )
-        with sound(folder, "copy the adapter again"):
-            about = PeftConfig.from_pretrained(folder)
-            stored, kind = _tensors(Path(folder, "adapter_model.safetensors"))[0], about.peft_type.value
-        known = [f"base_model.model.{m}.trainable_tokens_delta" for m in _modules(model)]  # PEFT stores tied rows twice
-        strange = [name for name in stored if name not in known]
-        _demand(
-            (
-                kind == "TRAINABLE_TOKENS",
-                f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows "
-                "(of a ticket's LoRA, keep the ticket)",
-            ),
-            (not strange and known[0] in stored, f"{folder} holds {', '.join(strange or stored)}: expected {known[0]}"),
-        )
-        with sound(folder, "copy the adapter again"):
-            rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")
-        rows.fits(model)
-        facts = Provenance.of(model, tokenizer, about.token_indices)
+        ids, rows, about = read_adapter(folder, model)
+        facts = Provenance.of(model, tokenizer, ids)
         if not facts.model:  # the adapter may know what the model is called
             facts = replace(facts, model=about.base_model_name_or_path or "", revision=about.revision, base_model="")
-        return cls(about.token_indices, facts, rows)
+        return cls(np.array(ids), facts, rows)
 
 # %% ../nbs/12_ticket.ipynb #c64411a5
 class _Folder(_Adapter):
@@ -914,7 +852,7 @@ class _Folder(_Adapter):
                 {"scan": json.dumps({"d": scan.d, "criterion": scan.criterion, "decided": scan.decided})},
             )
         if self.peft_obstacle is None:
-            self._write_adapter(work)
+            write_adapter(work, self.provenance, cast(TunedRows, self.rows))
 
 # %% ../nbs/12_ticket.ipynb #b0a1c3da2
 class _Kept(_Folder):

@@ -381,7 +381,7 @@ def world(room):
             TOY.save_pretrained(room / name)
     toy_ticket(base).save(room / "ticket")
     scan_checkpoints(room / "base", room / "tuned").ticket().save(room / "bare")
-    toy_ticket(base).to_peft(room / "adapter")
+    toy_ticket(base).save_peft(room / "adapter")
     lines = [f"t{i} t5\tt7 t{i}" for i in range(20, 28)]
     (room / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
     (room / "fresh.tsv").write_text("\n".join(["source\ttarget", *(line.replace("t5", "t6") for line in lines)]) + "\n")
@@ -452,7 +452,7 @@ class Tickets(Kind):
             if again.ids.tolist() != ids.tolist() or again.provenance != facts:
                 raise Broken("a ticket that was saved and loaded is another")
             if ticket.peft_obstacle is None:
-                ticket.to_peft(here / "adapter")
+                ticket.save_peft(here / "adapter")
             for name in ("prompt", "recipe"):
                 with contextlib.suppress(ValueError):
                     getattr(ticket, name)

@@ -92,7 +92,7 @@ def test_plain_peft_loads_it_and_the_way_back(kind, tmp_path):
     model = talker(kind)
     ticket = ticket_for(model, mode=natural(kind))
     ticket.save(tmp_path / "t")
-    ticket.to_peft(tmp_path / "plain")
+    ticket.save_peft(tmp_path / "plain")
     with Ticket.load(tmp_path / "t").rows.applied(model), torch.no_grad():
         ours, text = model(X).logits, model.generate(X, **GREEDY)
     assert not torch.equal(model.generate(X, **GREEDY), text)
@@ -132,7 +132,7 @@ def test_what_is_stored_is_k_by_d(tmp_path):
     model = tiny_model("llama", vocabulary=4096)
     ticket = bare(model, [9, 4], TunedRows([9, 4], torch.ones(2, 16)))
     ticket.save(tmp_path / "t")
-    ticket.to_peft(tmp_path / "a")
+    ticket.save_peft(tmp_path / "a")
     assert [v.shape for v in load_file(tmp_path / "t" / "adapter_model.safetensors").values()] == [(2, 16)]
     assert {p.name for p in (tmp_path / "a").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     for place in ("t", "a"):
@@ -151,7 +151,7 @@ def test_adapters_that_are_no_tickets(tmp_path):
     get_peft_model(tiny_model("llama", vocabulary=80), TrainableTokensConfig(token_indices=[70])).save_pretrained(
         tmp_path / "far"
     )
-    ticket_for(model).to_peft(tmp_path / "cut")
+    ticket_for(model).save_peft(tmp_path / "cut")
     whole = (tmp_path / "cut" / "adapter_model.safetensors").read_bytes()
     (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
     for folder, error, words in (
@@ -196,7 +196,7 @@ def test_what_peft_cannot_hold_is_named_and_not_written(kind, ids, reason, tmp_p
     assert reason in json.loads((tmp_path / "t" / "ticket.json").read_text())["peft"]
     assert not list((tmp_path / "t").glob("adapter*")) and len(Ticket.load(tmp_path / "t").ids) == len(ids)
     with pytest.raises(ValueError, match=f"PEFT cannot hold this ticket as trainable_tokens.*{reason}") as refused:
-        Ticket.load(tmp_path / "t").to_peft(tmp_path / "a")
+        Ticket.load(tmp_path / "t").save_peft(tmp_path / "a")
     assert not (tmp_path / "a").exists()
     offered = "--as lora" in str(refused.value)  # where it can hold it, the sentence and the card say so
     assert offered == ("--as lora" in (tmp_path / "t" / "README.md").read_text()) == (kind == "gpt2")
@@ -218,7 +218,7 @@ def test_a_lora_is_the_ticket(kind, dtype, tmp_path):
     """
     model = talker(kind).to(dtype)
     rows = moved(model)
-    bare(model, rows.ids.tolist(), rows).to_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
+    bare(model, rows.ids.tolist(), rows).save_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
     adapted = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
     assert adapted.peft_config["default"].r == adapted.peft_config["default"].lora_alpha == len(rows)
     x = torch.cat([X, rows.ids.repeat(2, 1)], 1)
@@ -239,7 +239,7 @@ def test_a_lora_is_written_as_peft_writes_its_own(tmp_path):
     model = tiny_model("gpt2")
     rows = moved(model)
     ticket = bare(model, rows.ids.tolist(), rows)
-    ticket.to_peft(tmp_path / "ours", "lora", model=model, tokenizer=TOKENIZER)
+    ticket.save_peft(tmp_path / "ours", "lora", model=model, tokenizer=TOKENIZER)
     config = LoraConfig(r=5, lora_alpha=5, target_modules=["transformer.wte"], task_type="CAUSAL_LM")
     with warnings.catch_warnings(action="ignore"):  # of tied models
         get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "own", save_embedding_layers=False)
@@ -264,14 +264,14 @@ def test_what_a_lora_cannot_hold(tmp_path):
         (bare(model, [9]), "no tuned rows"),
     ):
         with pytest.raises(ValueError, match=f"PEFT cannot hold this ticket as lora: .*{words}"):
-            ticket.to_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
+            ticket.save_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="form is 'ia3': choose trainable_tokens, lora"):
-        shared.to_peft(tmp_path / "a", "ia3")
+        shared.save_peft(tmp_path / "a", "ia3")
     mine = bare(model, rows.ids.tolist(), rows)
     with pytest.raises(ValueError, match="another embedding"):
-        mine.to_peft(tmp_path / "a", "lora", model=tiny_model("gpt2", seed=1), tokenizer=TOKENIZER)
+        mine.save_peft(tmp_path / "a", "lora", model=tiny_model("gpt2", seed=1), tokenizer=TOKENIZER)
     assert not (tmp_path / "a").exists()
-    mine.to_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
+    mine.save_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="holds a LORA adapter.*keep the ticket"):
         Ticket.from_peft(tmp_path / "a", model, TOKENIZER)
 
@@ -574,7 +574,7 @@ def test_a_path_that_can_be_none(path, tmp_path, monkeypatch):
 def test_rows_of_ids_that_are_none(ids, tmp_path):
     with pytest.raises(TypeError, match="ids are .*: they must be token ids"):
         TunedRows(ids, torch.ones(len(ids) if isinstance(ids, list) else 1, 16))
-    ticket_for(tiny_model("llama")).to_peft(tmp_path / "a")
+    ticket_for(tiny_model("llama")).save_peft(tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"
     for odd in (ids, [-1, 4], [4, 4], None, {"a": [4, 9]}):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"token_indices": odd}))
