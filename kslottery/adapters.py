@@ -5,24 +5,29 @@
 # %% ../nbs/11_adapters.ipynb #e1bb9054
 from __future__ import annotations
 
+import json
+import math
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .core import must, readable_file, sound
-from .rows import TunedRows, is_tied
+from .core import fingerprint, must, read_json, readable_file, sound
+from .rows import TunedRows, input_embedding, is_tied
 
 # %% auto #0
-__all__ = ['FORMS', 'obstacle', 'write_adapter', 'read_adapter']
+__all__ = ['FORMS', 'RANKS', 'obstacle', 'lora_rank', 'module_names', 'write_adapter', 'write_gguf', 'read_adapter']
 
 # %% ../nbs/11_adapters.ipynb #17e0e239
-FORMS = ("trainable_tokens", "lora")
+FORMS = ("trainable_tokens", "lora", "gguf")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes; others take some of them
 
 
-def obstacle(facts: Any, rows: TunedRows | None, mode: str, form: str) -> str | None:
+def obstacle(facts: Any, rows: TunedRows | None, mode: str, form: str, untied: bool = False) -> str | None:
     """Why a form cannot hold a ticket, and what to do.
 
     Parameters
@@ -35,24 +40,78 @@ def obstacle(facts: Any, rows: TunedRows | None, mode: str, form: str) -> str | 
         How they are read, or would be.
     form : str
         One of `FORMS`.
+    untied : bool, default False
+        For a GGUF of a tied model: the base's file has an output matrix of its own.
 
     Returns
     -------
     str or None
         None if it can.
     """
-    tied, lora = facts.tied_embeddings and mode == "input_only", form == "lora"
+    tied, new = facts.tied_embeddings, getattr(facts, "added_tokens", ())
     reasons = {
         "the ticket is empty": not facts.tokens,
         "the ticket has no tuned rows": rows is None,
+        f"it brings {len(new)} new tokens ({', '.join(map(repr, new))[:60]}), and no adapter carries tokens; "
+        "`kslottery merge TICKET` writes model and tokenizer": new,
         "the model ties input and output embeddings, and this ticket changes the input only, which trainable "
-        "tokens cannot; `kslottery peft TICKET --as lora` writes it as a LoRA": tied and not lora,
-        "its rows are read by the output, too, and a LoRA holds rows of the input only; take trainable_tokens": lora
-        and mode == "shared",
+        "tokens cannot; `kslottery peft TICKET --as lora` writes it as a LoRA": tied
+        and mode == "input_only"
+        and form == "trainable_tokens",
+        "the model ties input and output embeddings: llama.cpp would take the input's adapter for its output, too, and "
+        "abort; convert what `kslottery merge TICKET` writes, or give the base's GGUF its own output.weight and say "
+        "--untied": tied and form == "gguf" and not untied,
     }
     return next((reason for reason, true in reasons.items() if true), None)
 
 
+def lora_rank(k: int) -> int:
+    """The rank of the LoRA that holds k rows.
+
+    Parameters
+    ----------
+    k : int
+        How many rows there are.
+
+    Returns
+    -------
+    int
+        The smallest of `RANKS` that holds them; k itself, if they are more than the largest.
+    """
+    return min((rank for rank in RANKS if rank >= k), default=k)
+
+# %% ../nbs/11_adapters.ipynb #0032de72
+def module_names(model: Any) -> list[str]:
+    """The names of a model's input and output embedding, by which its adapters call them.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+
+    Returns
+    -------
+    list of str
+        Both names; that of an output which is not there is empty.
+    """
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [next((name for name, module in model.named_modules() if module is table), "") for table in tables]
+
+
+def _by_side(facts, rows) -> dict[str, torch.Tensor]:  # what is read of the rows, by the module that reads it
+    both = {facts.embedding_module: rows.input, facts.output_module: rows.output}
+    return {name: side.detach().cpu().contiguous() for name, side in both.items() if side is not None}
+
+
+def _pairs(facts, rows, base, rank) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:  # A (rank, .) and B (., rank)
+    change = TunedRows(rows.ids.cpu(), rows.delta(base).cpu(), rows.mode)
+    ones = torch.zeros(rank, facts.V).index_put_((torch.arange(len(rows)), change.ids), torch.ones(()))
+    pad = (0, 0, 0, rank - len(rows))
+    sides = {name: torch.nn.functional.pad(side, pad) for name, side in _by_side(facts, change).items()}
+    first = facts.embedding_module
+    return {n: (ones, x.T.contiguous()) if n == first else (x, ones.T.contiguous()) for n, x in sides.items()}
+
+# %% ../nbs/11_adapters.ipynb #8ff13639
 def write_adapter(folder: Path, facts: Any, rows: TunedRows, base: Any = None) -> None:
     """Write rows as a PEFT adapter.
 
@@ -65,44 +124,143 @@ def write_adapter(folder: Path, facts: Any, rows: TunedRows, base: Any = None) -
     rows : TunedRows
         The rows.
     base : PreTrainedModel or None
-        The plain base: a LoRA is written. Without it, trainable tokens.
+        The plain base: a LoRA is written, and beside it what the base is recognised by. Without it, trainable tokens.
     """
     from peft import LoraConfig, TrainableTokensConfig
 
     about: Any = {
-        "target_modules": [facts.embedding_module],
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": facts.model,
         "revision": facts.revision,
         "inference_mode": True,
     }
-    config: Any
+    sides, config = _by_side(facts, rows), LoraConfig if base else TrainableTokensConfig
     if base is None:
-        both = (facts.embedding_module, facts.output_module)  # PEFT misses its rows in a tied output otherwise
-        tensors = {f"{module}.trainable_tokens_delta": rows.weight.detach().clone() for module in both if module}
-        config = TrainableTokensConfig(token_indices=rows.ids.tolist(), **about)
+        where = [*sides][:1] if rows.mode == "shared" else [*sides]  # PEFT finds the tied end by itself
+        tensors = {f"{name}.trainable_tokens_delta": side.clone() for name, side in sides.items()}
+        about |= {"token_indices": rows.ids.tolist(), "target_modules": where}
     else:
-        name, k = f"{facts.embedding_module}.lora_embedding", len(rows)
-        places = torch.nn.functional.one_hot(rows.ids, facts.V).float()
-        tensors = {f"{name}_A": places, f"{name}_B": rows.delta(base).T.contiguous()}
-        config = LoraConfig(r=k, lora_alpha=k, **about)
-    config.save_pretrained(folder)
-    stored = {f"base_model.model.{module}": tensor.cpu() for module, tensor in tensors.items()}
+        rank, tensors = lora_rank(len(rows)), {}
+        for name, pair in _pairs(facts, rows, base, rank).items():
+            form = "{}.lora_embedding_{}" if name == facts.embedding_module else "{}.lora_{}.weight"
+            tensors |= {form.format(name, letter): one for letter, one in zip("AB", pair)}
+        about |= {"r": rank, "lora_alpha": rank, "target_modules": [*sides]}
+        prints = {name: fingerprint(base.get_submodule(name).weight) for name in sides}
+        (folder / "base.json").write_text(json.dumps(prints, indent=1) + "\n", encoding="utf-8")
+    config(**about).save_pretrained(folder)
+    stored = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", {"format": "pt"})
 
-# %% ../nbs/11_adapters.ipynb #0735197f
-def _modules(model: Any) -> list[str]:  # the input embedding and, if it is tied, the output
-    places = [model.get_input_embeddings(), *([model.get_output_embeddings()] if is_tied(model) else [])]
-    return [name for place in places for name, module in model.named_modules() if module is place]
+# %% ../nbs/11_adapters.ipynb #616a9457
+_ENGINE_NAMES = {name: name for name in ("llama", "qwen2", "qwen3", "gpt2", "bloom")}
+_ENGINE_NAMES |= {"mistral": "llama", "gemma3_text": "gemma3"}
 
 
+def _text(one: str) -> bytes:
+    return struct.pack("<Q", len(one.encode())) + one.encode()
+
+
+def write_gguf(file: Path, facts: Any, rows: TunedRows, base: Any) -> None:
+    """Write rows as an adapter file for llama.cpp (GGUF, version 3).
+
+    Parameters
+    ----------
+    file : Path
+        The file to write.
+    facts : Provenance
+        Where the rows came from.
+    rows : TunedRows
+        The rows.
+    base : PreTrainedModel
+        The plain base.
+
+    Raises
+    ------
+    ValueError
+        If the model is of a type that has not been tried in llama.cpp.
+    """
+    kind, tensors = base.config.model_type, dict[str, torch.Tensor]()
+    must(
+        kind in _ENGINE_NAMES,
+        f"such an adapter has not been tried in llama.cpp for a model of type {kind}, only for "
+        f"{', '.join(_ENGINE_NAMES)}: merge the ticket and convert the model (kslottery merge)",
+    )
+    for name, (a, b) in _pairs(facts, rows, base, len(rows)).items():
+        if name == facts.embedding_module:
+            tensors |= {"token_embd.weight.lora_a": a.T.half(), "token_embd.weight.lora_b": b}
+        else:
+            tensors |= {"output.weight.lora_a": a, "output.weight.lora_b": b}
+    about = {"general.architecture": _ENGINE_NAMES[kind], "general.type": "adapter", "adapter.type": "lora"}
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(about) + 1)
+    header += b"".join(_text(name) + struct.pack("<I", 8) + _text(value) for name, value in about.items())
+    header += _text("adapter.lora.alpha") + struct.pack("<If", 6, len(rows))
+    parts, place = [], 0
+    for name, tensor in tensors.items():
+        part = tensor.contiguous().numpy()
+        header += _text(name) + struct.pack("<IQQIQ", 2, *part.shape[::-1], int(part.dtype == np.float16), place)
+        parts.append(part.astype(part.dtype.newbyteorder("<")).tobytes())
+        place += len(parts[-1]) + -len(parts[-1]) % 32
+    with open(file, "wb") as out:
+        for part in (header, *parts):
+            out.write(part + bytes(-len(part) % 32))
+
+# %% ../nbs/11_adapters.ipynb #5bbde759
+_AGAIN, _AUDIT = "copy the adapter again", "it is no choice of rows; audit it as an adapter (kslottery audit)"
+_NAMES = {  # of what a ticket changes, given the names of the input embedding and of the output
+    "TRAINABLE_TOKENS": ("{0}.trainable_tokens_delta", "{1}.trainable_tokens_delta"),
+    "LORA": ("{0}.lora_embedding_A", "{0}.lora_embedding_B", "{1}.lora_B.weight", "{1}.lora_A.weight"),
+}
+
+
+def _stored(folder, names) -> tuple[Any, list[Any]]:  # the configuration, and those tensors, None where there is none
+    from peft import PeftConfig
+
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        must(
+            os.path.isfile(Path(folder, file)),
+            f"{folder} holds no {file}: give a PEFT adapter saved as safetensors",
+            FileNotFoundError,
+        )
+    with sound(folder, _AGAIN):
+        about: Any = PeftConfig.from_pretrained(str(folder))
+        found, kind = load_file(readable_file(Path(folder, "adapter_model.safetensors"))), about.peft_type.value
+    must(kind in _NAMES, f"{folder} holds a {kind} adapter: {_AUDIT}")
+    known = [f"base_model.model.{name}".format(*names) for name in _NAMES[kind]]
+    own = [name for name in ("rank_pattern", "alpha_pattern") if getattr(about, name, None)]
+    strange = [*own, *(name for name in found if name not in known)]
+    must(found and not strange, f"{folder}, a {kind} adapter, holds {', '.join(strange)[:160] or 'nothing'}: {_AUDIT}")
+    return about, [found[name].float() if name in found else None for name in known]
+
+
+def _gains(folder, about, tensors, tables) -> tuple[list[int], dict[int, Any]]:  # ids; what the rows of each side gain
+    with sound(folder, _AGAIN):
+        scale = about.lora_alpha / (math.sqrt(about.r) if about.use_rslora else about.r)
+        a, b = tensors[:2]
+        pairs = {} if a is None and b is None else {0: (a.T, b.T)}
+        pairs |= {} if tensors[2:] == [None, None] else {1: (tensors[2].clone(), tensors[3] * 1)}
+    ids: dict[int, None] = {}
+    for side, (ones, x) in pairs.items():
+        (size, d), rank = tables[side].weight.shape, len(x)
+        must(
+            (ones.shape, x.shape) == ((size, rank), (rank, d)),
+            f"{folder} is for another model: its matrices, {[*ones.shape]} and {[*x.shape]}, do not fit {size} x {d}",
+        )
+        touched = ones.any(1).nonzero().ravel()
+        must(
+            0 < len(touched) <= rank,
+            f"{folder} changes {len(touched)} of {size} rows with a LoRA of rank {rank}: {_AUDIT}",
+        )
+        ids |= dict.fromkeys(touched[ones[touched].ne(0).int().argmax(1).argsort(stable=True)].tolist())
+    return [*ids], {side: ones[[*ids]] @ x * scale for side, (ones, x) in pairs.items()}
+
+# %% ../nbs/11_adapters.ipynb #50ba3ddc
 def read_adapter(folder: str | Path, model: Any) -> tuple[list[int], TunedRows, Any]:
     """The rows that a PEFT adapter holds.
 
     Parameters
     ----------
     folder : str or Path
-        The adapter, saved as safetensors.
+        The adapter, saved as safetensors: trainable tokens, or the LoRA of a ticket.
     model : PreTrainedModel
         The plain base.
 
@@ -116,32 +274,26 @@ def read_adapter(folder: str | Path, model: Any) -> tuple[list[int], TunedRows, 
     FileNotFoundError
         If the folder holds no adapter.
     ValueError
-        If it is another kind of adapter, or one that tunes more than the input embedding's rows.
+        If it is another kind of adapter, one that changes more than rows of the embeddings, or one for another base.
     """
-    from peft import PeftConfig
-
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        must(
-            os.path.isfile(Path(folder, file)),
-            f"{folder} holds no {file}: give a PEFT adapter saved as safetensors",
-            FileNotFoundError,
-        )
-    with sound(folder, "copy the adapter again"):
-        about: Any = PeftConfig.from_pretrained(str(folder))
-        stored = load_file(readable_file(Path(folder, "adapter_model.safetensors")))
-        kind = about.peft_type.value
-    known = [f"base_model.model.{m}.trainable_tokens_delta" for m in _modules(model)]  # PEFT stores tied rows twice
-    strange = [name for name in stored if name not in known]
-    must(
-        kind == "TRAINABLE_TOKENS",
-        f"{folder} holds a {kind} adapter: only TRAINABLE_TOKENS is a choice of rows "
-        "(of a ticket's LoRA, keep the ticket)",
+    tables, names, tied = [input_embedding(model), model.get_output_embeddings()], module_names(model), is_tied(model)
+    about, tensors = _stored(folder, names)
+    tokens, made_for = len(tensors) == 2, Path(folder, "base.json")
+    if not tokens and os.path.lexists(made_for):
+        known = read_json(made_for, dict, _AGAIN)
+        wrong = [n for n, t in zip(names, tables) if n in known and known[n] != fingerprint(t.weight)]
+        must(not wrong, f"{folder} was made for a base with another {', '.join(wrong)}: load the model it was made for")
+    ids, sides = (
+        (about.token_indices, {n: one for n, one in enumerate(tensors) if one is not None})
+        if tokens
+        else _gains(folder, about, tensors, tables)
     )
-    must(
-        not strange and known[0] in stored,
-        f"{folder} holds {', '.join(strange or stored)}: expected {known[0]}",
-    )
-    with sound(folder, "copy the adapter again"):
-        rows = TunedRows(about.token_indices, stored[known[0]], "shared" if is_tied(model) else "input_only")
+    same = tied and 0 in sides and (tokens or (1 in sides and torch.equal(sides[0], sides[1])))  # PEFT stores it twice
+    mode = "shared" if same else "both" if len(sides) == 2 else "head" if 1 in sides else "input_only"
+    with sound(folder, _AGAIN):
+        rows = TunedRows(ids, torch.cat([sides[0]] if same else [*sides.values()], 1), mode)
     rows.fits(model)
-    return about.token_indices, rows, about
+    if not tokens:
+        own = TunedRows.of(model, ids, mode)
+        rows = TunedRows(rows.ids, own.weight.detach().cpu() + rows.weight.detach(), mode)
+    return [*ids], rows, about

@@ -703,34 +703,52 @@ def merge(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(callback=_home, help="A ticket folder, or the folder of a PEFT TrainableTokens adapter."),
+        typer.Argument(
+            callback=_home, help="A ticket folder, or that of a PEFT adapter: trainable tokens, or its LoRA."
+        ),
     ],
     out: Annotated[
-        Path, typer.Option(callback=_home, help="The folder to write: a PEFT adapter, or a ticket; new, or empty.")
+        Path,
+        typer.Option(callback=_home, help="The folder to write, new or empty: a PEFT adapter, or a ticket. Or a file."),
     ],
     form: Annotated[
         str,
         typer.Option(
             "--as",
-            help="How a ticket is written: trainable_tokens, its rows; or lora, what they differ by from the base, "
-            "which also holds a ticket that changes the input only of a tied model.",
+            help="How a ticket is written: trainable_tokens, its rows; lora, what they differ by from the base, "
+            "which also holds a ticket that changes the input only of a tied model; gguf, a LoRA for llama.cpp.",
         ),
     ] = "trainable_tokens",
+    untied: Annotated[
+        bool,
+        typer.Option("--untied", help="For a GGUF of a tied model: the base's file has an output.weight of its own."),
+    ] = False,
     model: _Model = "",
     revision: _Revision = "",
     as_json: _Json = False,
 ) -> None:
-    """Turn a ticket into a PEFT adapter, or a PEFT TrainableTokens adapter into a ticket.
+    """Turn a ticket into an adapter for PEFT or llama.cpp, or a PEFT adapter of rows into a ticket.
 
     Example: kslottery peft ticket --out adapter
     """
+    from kslottery.adapters import FORMS, RANKS
     from kslottery.ticket import Ticket, is_ticket
 
     if is_ticket(source):
-        _sourced(Ticket.load(source), model, revision).save_peft(out, form)
-        _say({"out": str(out), "holds": "adapter", "form": form}, as_json, f"The PEFT adapter ({form}): {out}")
+        must(form in FORMS, f"form is {form!r}: choose {', '.join(FORMS)}")
+        must(form == "gguf" or not untied, f"--untied is for --as gguf, and this is {form}: leave it out")
+        found = _sourced(Ticket.load(source), model, revision)
+        found.save_gguf(out, untied=untied) if form == "gguf" else found.save_peft(out, form)
+        many = f"It has {len(found.ids)} ranks: PEFT takes them, and engines such as vLLM take {RANKS[-1]} at most."
+        _say(
+            {"out": str(out), "holds": "adapter", "form": form},
+            as_json,
+            f"The {'llama.cpp' if form == 'gguf' else 'PEFT'} adapter ({form}): {out}",
+            *([many] if form == "lora" and len(found.ids) > RANKS[-1] else []),
+        )
     else:
-        must(form != "lora", f"{source} is no ticket folder, and --as says how a ticket is written: leave it out")
+        usual = form == "trainable_tokens" and not untied
+        must(usual, f"{source} is no ticket folder, and --as says how a ticket is written: leave it out")
         adapter = source / "adapter_config.json"
         stated = read_json(adapter, dict) if adapter.is_file() else {}
         named: Any = model or stated.get("base_model_name_or_path")

@@ -25,7 +25,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from .adapters import FORMS, obstacle, read_adapter, write_adapter
+from .adapters import FORMS, module_names, obstacle, read_adapter, write_adapter, write_gguf
 from .card import card
 from .certificate import Certificate
 from kslottery.core import (
@@ -42,6 +42,7 @@ from kslottery.core import (
     sound,
     source_of,
     text_table,
+    whole_file,
     whole_files,
     whole_folder,
 )
@@ -729,13 +730,15 @@ class _Bound(_Told):
 
 # %% ../nbs/12_ticket.ipynb #cac934b7
 class _Adapter(_Bound):
-    def _obstacle(self, form: str) -> str | None:
-        return obstacle(self.provenance, self.rows, self.mode, form)
-
     @property
     def peft_obstacle(self) -> str | None:
         "Why the ticket's folder is no PEFT adapter of trainable tokens, and what to do; None if it is one."
-        return self._obstacle("trainable_tokens")
+        return obstacle(self.provenance, self.rows, self.mode, "trainable_tokens")
+
+    def _held(self, form: str, untied: bool = False) -> Any:  # the facts and the rows, if the form can hold them
+        why = obstacle(self.provenance, self.rows, self.mode, form, untied)
+        must(why is None, f"no adapter of form {form} can hold this ticket: {why}")
+        return self.provenance, self.rows
 
     def save_peft(
         self, folder: str | Path, form: str = "trainable_tokens", *, model: Any = None, tokenizer: Any = None
@@ -747,8 +750,8 @@ class _Adapter(_Bound):
         folder : str or Path
             The folder to write: new, or empty.
         form : {"trainable_tokens", "lora"}, default "trainable_tokens"
-            The rows themselves; or what they differ by from the base, as a LoRA of rank k on the input embedding, which
-            engines load and which leaves the output of a tied model as it is.
+            The rows themselves; or what they differ by from the base, as a LoRA (`kslottery.adapters`), which engines
+            load and which can leave the output of a tied model as it is.
         model : PreTrainedModel or None
             For a LoRA, the plain base (default: the recorded one, loaded).
         tokenizer : PreTrainedTokenizerBase or None
@@ -761,15 +764,46 @@ class _Adapter(_Bound):
         ValueError
             If the form is another or cannot hold the ticket, and as `base`.
         """
-        one_of("form", form, FORMS)
-        must((why := self._obstacle(form)) is None, f"PEFT cannot hold this ticket as {form}: {why}")
+        one_of("form", form, FORMS[:2])
+        facts, rows = self._held(form)
         base = self.base(model, tokenizer)[0] if form == "lora" else None
         with whole_folder(folder, is_own=lambda path: False) as work:
-            write_adapter(work, self.provenance, cast(TunedRows, self.rows), base)
+            write_adapter(work, facts, rows, base)
+
+    def save_gguf(self, file: str | Path, *, model: Any = None, tokenizer: Any = None, untied: bool = False) -> None:
+        """Write the ticket as an adapter for llama.cpp, whole or not at all.
+
+        Parameters
+        ----------
+        file : str or Path
+            The file to write; there is none of that name yet.
+        model : PreTrainedModel or None
+            The plain base (default: the recorded one, loaded).
+        tokenizer : PreTrainedTokenizerBase or None
+            Its tokenizer.
+        untied : bool, default False
+            For a model that ties its embeddings: the base's GGUF has an `output.weight` of its own all the same.
+
+        Raises
+        ------
+        FileExistsError
+            If the file is there, or its folder is not.
+        ValueError
+            If the form cannot hold the ticket, the model is of a type that has not been tried, and as `base`.
+        """
+        facts, rows = self._held("gguf", untied)
+        must(
+            (place := home_path(file)).parent.is_dir() and not os.path.lexists(place),
+            f"{file} is there already, or its folder is not: name a new file in a folder that exists",
+            FileExistsError,
+        )
+        base = self.base(model, tokenizer)[0]
+        with whole_file(place) as part:
+            write_gguf(part, facts, rows, base)
 
     @classmethod
     def from_peft(cls, folder: str | Path, model: Any, tokenizer: Any) -> Self:
-        """A ticket out of a PEFT TrainableTokens adapter. On a tied model its rows are shared, as PEFT reads them.
+        """A ticket out of a PEFT adapter: trainable tokens (shared on a tied model, as PEFT reads them), or its LoRA.
 
         Parameters
         ----------
@@ -790,10 +824,12 @@ class _Adapter(_Bound):
         FileNotFoundError
             If the folder holds no adapter.
         ValueError
-            If it is another kind of adapter, or one that tunes more than the input embedding's rows.
+            If it is another kind of adapter, one that changes more than rows, or one for another base.
         """
         ids, rows, about = read_adapter(folder, model)
         facts = Provenance.of(model, tokenizer, ids)
+        if rows.output is not None:
+            facts = replace(facts, output_module=module_names(model)[1])
         if not facts.model:  # the adapter may know what the model is called
             facts = replace(facts, model=about.base_model_name_or_path or "", revision=about.revision, base_model="")
         return cls(np.array(ids), facts, rows)
