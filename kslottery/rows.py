@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import fingerprint, must
+from .core import fingerprint, must, one_of
 from .data import Role
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _readable(roles, read_by, shape):
     return torch.isin(roles, torch.tensor([int(r) for r in read_by], device=roles.device))
 
 # %% ../nbs/04_rows.ipynb #84677b4c
-def _exchange(keys, source, size, choice, roles, read_by, module, args, kwargs, output):
+def _exchange(keys, table, size, choice, roles, read_by, module, args, kwargs, output):
     # The hook on the input embedding: exchanges the rows whose keys are asked for.
     ids = wanted = (args[0] if args else kwargs["input"]).long()
     if choice is not None:
@@ -154,34 +154,53 @@ def _exchange(keys, source, size, choice, roles, read_by, module, args, kwargs, 
     if roles is not None:
         wanted = torch.where(_readable(roles, read_by, ids.shape), wanted, -1)
     place = torch.searchsorted(keys, wanted.contiguous()).clamp(max=len(keys) - 1)
-    new = F.embedding(place, source).to(module.weight.dtype) * _scale(module)
+    new = F.embedding(place, table()).to(module.weight.dtype) * _scale(module)
     return torch.where((keys[place] == wanted).unsqueeze(-1), new.to(output.dtype), output)
 
 
 def _logits(rows, head, hidden, output):
     # The logits (..., V) of the output embedding `head` on `hidden` (..., d), those of the tuned ids by the tuned rows.
-    ids, weight = rows.ids.to(output.device), rows.weight.to(head.weight)
+    ids, weight = rows.ids.to(output.device), rows.output.to(head.weight)
     bias = None if getattr(head, "bias", None) is None else head.bias[ids]
     return output.index_copy(-1, ids, F.linear(hidden, weight, bias).to(output.dtype))
 
 
 def _score_again(rows_list, choice, module, args, output):
-    # The hook on the output embedding: scores the ids of shared rows again.
+    # The hook on the output embedding: scores the ids again that rows of the output have.
     if choice is None:
         return _logits(rows_list[0], module, args[0], output)
     for n, rows in enumerate(rows_list):
         who = (_for_each(choice, len(output)) == n).nonzero().flatten().to(output.device)
-        if rows.mode == "shared" and len(who):
+        if rows.output is not None and len(who):
             output[who] = _logits(rows, module, args[0][who], output[who])
     return output
 
 # %% ../nbs/04_rows.ipynb #bfd68e66
-MODES = ("input_only", "shared")
-_READING: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # embedding -> {hook: the ids whose rows it exchanges}
+MODES = ("input_only", "shared", "head", "both")
+_READING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module -> {hook: the ids whose rows it exchanges}
 
 
+def _hooked(block, module, ids, hook, **how):
+    # Puts a hook on a module as long as a block lasts, if no block around it exchanges a row of these ids.
+    for taken in _READING.setdefault(module, {}).values():
+        if len(both := ids[torch.isin(ids, taken)]):
+            raise ValueError(
+                f"token id {int(both[0])} reads another tuned row already: one would overwrite the "
+                "other; unite the two first (TunedRows.union)"
+            )
+    block.enter_context(module.register_forward_hook(hook, **how))
+    _READING[module][hook] = ids
+    block.callback(_READING[module].pop, hook)
+
+
+def _table(rows_list, alone, device):
+    # What gives all input rows, one set after another; those of one set alone can be trained.
+    if alone and rows_list[0].weight.device == device:
+        return lambda: rows_list[0].input
+    table = torch.cat([rows.input.detach().to(device) for rows in rows_list])
+    return lambda: table
+
+# %% ../nbs/04_rows.ipynb #9bfcf43c
 @contextlib.contextmanager
 def read_rows(
     model: PreTrainedModel,
@@ -217,8 +236,8 @@ def read_rows(
     Raises
     ------
     ValueError
-        If rows do not fit the model, a gate is put on shared rows, or a block around this one exchanges one of these
-        ids already.
+        If rows do not fit the model, a gate is put on rows that score, or a block around this one exchanges one of
+        these ids already.
     """
     must(
         (roles is None) == (read_by is None),
@@ -227,35 +246,33 @@ def read_rows(
     for rows in rows_list:
         rows.fits(model)
         must(
-            rows.mode == "input_only" or roles is None,
-            "a gate says which positions may read a row; shared rows also score tokens, at every position: "
+            rows.output is None or roles is None,
+            f"a gate says which positions may read a row; {rows.mode} rows also score tokens, at every position: "
             "gate input_only rows",
         )
     embedding, head = input_embedding(model), model.get_output_embeddings()
     size, device = embedding.weight.shape[0], embedding.weight.device
     choice, roles = (None if x is None else torch.as_tensor(x, device=device) for x in (choice, roles))
     with contextlib.ExitStack() as block:
-        if any(len(rows) for rows in rows_list):
-            keys = torch.cat([n * size + rows.ids.to(device) for n, rows in enumerate(rows_list)])
-            here = [r.weight if r.weight.device == device else r.weight.detach().to(device) for r in rows_list]
-            source = here[0] if len(here) == 1 else torch.cat(here).detach()  # one set alone can be trained
-            for taken in _READING.setdefault(embedding, {}).values():
-                if len(both := keys[torch.isin(keys % size, taken)]):
-                    raise ValueError(
-                        f"token id {int(both[0]) % size} reads another tuned row already: one would overwrite the "
-                        "other; unite the two first (TunedRows.union)"
-                    )
-            hook = partial(_exchange, keys, source, size, choice, roles, read_by)
-            block.enter_context(embedding.register_forward_hook(hook, with_kwargs=True))
-            _READING[embedding][hook] = keys % size
-            block.callback(_READING[embedding].pop, hook)
-        if any(rows.mode == "shared" and len(rows) for rows in rows_list):
-            block.enter_context(head.register_forward_hook(partial(_score_again, rows_list, choice)))
+        reading = [(n, rows) for n, rows in enumerate(rows_list) if rows.input is not None and len(rows)]
+        if reading:
+            ids = [rows.ids.to(device) for _, rows in reading]
+            keys = torch.cat([n * size + i for (n, _), i in zip(reading, ids)])
+            table = _table([rows for _, rows in reading], len(rows_list) == 1, device)
+            hook = partial(_exchange, keys, table, size, choice, roles, read_by)
+            _hooked(block, embedding, torch.cat(ids), hook, with_kwargs=True)
+        scoring = [rows for rows in rows_list[: 1 if choice is None else None] if rows.output is not None and len(rows)]
+        if scoring:
+            ids = torch.cat([rows.ids.to(head.weight.device) for rows in scoring])
+            _hooked(block, head, ids, partial(_score_again, rows_list, choice))
         yield model
 
 # %% ../nbs/04_rows.ipynb #ac0146e3
 class EmbeddingView:
-    """A model's input embedding with tuned rows in place: a lazy view of shape (V, d), made slice by slice.
+    """A model's embedding with tuned rows in place: a lazy view of shape (V, d), made slice by slice.
+
+    It is the matrix that the rows stand in: the output embedding for rows of mode "head", else the input embedding (for
+    "both", of which it shows the input rows).
 
     Parameters
     ----------
@@ -280,9 +297,9 @@ class EmbeddingView:
 
     def __init__(self, rows: TunedRows, model: PreTrainedModel) -> None:
         rows.fits(model)
-        self.base = whole_weight(input_embedding(model))
+        self.base = whole_weight(_tables(model, rows.mode)[0])
         self.shape, self.device = self.base.shape, self.base.device
-        self._new = rows.weight.detach().to(self.device)
+        self._new = rows.weight.detach()[:, : rows.d].to(self.device)
         self._place = torch.full((len(self.base),), -1, device=self.device)  # of each token's row in the new ones
         self._place[rows.ids.to(self.device)] = torch.arange(len(rows), device=self.device)
 
@@ -312,12 +329,8 @@ def _token_ids(ids):  # numpy alone would take 6.9 for 6, "12" for 12, and True 
     return torch.from_numpy(found.astype(np.int64))
 
 
-def _same_mode(a, b):
-    must(a.mode == b.mode, f"one side is {a.mode}, the other {b.mode}: two different models, which cannot be one")
-
-
 def _check_rows(ids, weight, mode):
-    must(mode in MODES, f"mode is {mode!r}: choose {' or '.join(MODES)}")
+    one_of("mode", mode, MODES)
     distinct = len(ids.unique())
     must(
         weight.ndim == 2 and len(weight) == len(ids) == distinct and (ids >= 0).all(),
@@ -325,24 +338,87 @@ def _check_rows(ids, weight, mode):
         "give each of k distinct ids one row of d numbers",
     )
     must(
+        mode != "both" or weight.shape[1] % 2 == 0,
+        f"rows of {weight.shape[1]} numbers cannot be an input and an output row of one width, side by side",
+    )
+    must(
         torch.isfinite(weight).all(),
         "a tuned row holds NaN or infinity: that training diverged; lower its learning rate and tune again",
     )
 
 
-def _check_fit(rows, model):
-    (size, d), width = model.get_input_embeddings().weight.shape, rows.weight.shape[1]
-    last = int(rows.ids[-1]) if len(rows) else 0
+class _Rows(torch.nn.Module):  # and its sides
+    ids: torch.Tensor
+    weight: torch.nn.Parameter
+    mode: str
+
+    @property
+    def d(self) -> int:
+        "The width of the model: how many numbers one row of one side has."
+        return self.weight.shape[1] // (1 + (self.mode == "both"))
+
+    @property
+    def input(self) -> torch.Tensor | None:
+        "The rows that the input embedding reads, of shape (k, d), a view; None in mode head."
+        return None if self.mode == "head" else self.weight[:, : self.d] if self.mode == "both" else self.weight
+
+    @property
+    def output(self) -> torch.Tensor | None:
+        "The rows that the output scores by, of shape (k, d), a view; None in mode input_only."
+        return None if self.mode == "input_only" else self.weight[:, self.d :] if self.mode == "both" else self.weight
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        some = ", ".join(map(str, self.ids[:8].tolist())) + (", ..." if len(self) > 8 else "")
+        return f"TunedRows({len(self)} rows of {self.weight.shape[1]} numbers, {self.mode}; ids: {some or 'none'})"
+
+    def fingerprint(self) -> str:
+        "SHA-256, in hex, of ids, rows and mode."
+        return fingerprint(fingerprint(self.ids) + fingerprint(self.weight.detach()) + self.mode)
+
+# %% ../nbs/04_rows.ipynb #3ea4fb4e
+def _check_mode(model, mode):
+    kind, apart = type(model).__name__, mode in ("head", "both")
     must(
-        width == d and last < size,
-        f"rows of {width} numbers for ids up to {last} do not fit an embedding of {size} x {d}: "
+        mode != "shared" or is_tied(model),
+        f"the rows are shared by input and output, but this {kind} does not tie the two: "
+        "use mode input_only, head or both",
+    )
+    must(
+        not (apart and is_tied(model)),
+        f"mode {mode} tunes rows of the output that are not the input's, but this {kind} ties the two: use mode shared",
+    )
+    head, width = model.get_output_embeddings(), model.get_input_embeddings().weight.shape[1]
+    must(
+        not apart
+        or (isinstance(head, torch.nn.Linear) and head.weight.is_floating_point() and head.weight.shape[1] == width),
+        f"mode {mode} needs a linear output of {width} floating-point numbers a row, and the output of this {kind} "
+        f"is {type(head).__name__}: use mode input_only",
+    )
+
+
+def _tables(model, mode):
+    # The modules whose weights hold the rows of a mode, in the order in which a row holds them.
+    _check_mode(model, mode)
+    sides = [] if mode == "head" else [input_embedding(model)]
+    return [*sides, model.get_output_embeddings()] if mode in ("head", "both") else sides
+
+
+def _check_fit(rows, model):
+    _check_mode(model, rows.mode)
+    (size, d), last = model.get_input_embeddings().weight.shape, int(rows.ids[-1]) if len(rows) else 0
+    size = size if rows.output is None else min(size, len(model.get_output_embeddings().weight))
+    must(
+        rows.d == d and last < size,
+        f"rows of {rows.d} numbers for ids up to {last} do not fit an embedding of {size} x {d}: "
         "were they tuned on another model?",
     )
-    must(
-        rows.mode == "input_only" or is_tied(model),
-        f"the rows are shared by input and output, but this {type(model).__name__} does not tie the two: "
-        "use mode input_only",
-    )
+
+# %% ../nbs/04_rows.ipynb #a81beaf3
+def _same_mode(a, b):
+    must(a.mode == b.mode, f"one side is {a.mode}, the other {b.mode}: two different models, which cannot be one")
 
 
 def _chosen(rows, ids):
@@ -362,8 +438,18 @@ def _write(rows, model):
     if is_tied(model) and rows.mode == "input_only":
         head.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         model.config.tie_word_embeddings = False
-    weight.detach()[rows.ids.to(weight.device)] = rows.weight.detach().to(weight)
+    for table, part in zip(_tables(model, rows.mode), rows.weight.detach().split(rows.d, 1)):
+        table.weight.detach()[rows.ids.to(table.weight.device)] = part.to(table.weight)
     return model
+
+
+def _completed(rows, model, ids):
+    # The rows of some ids, sorted, with the model's own where there is no tuned one.
+    rows.fits(model)
+    found = TunedRows.of(model, ids, rows.mode)
+    weight = found.weight.detach().clone()
+    weight[torch.isin(found.ids, rows.ids)] = rows.weight.detach().to(weight.device)
+    return weight
 
 
 def sample_ids(pool: ArrayLike, k: int, seed: int = 0) -> np.ndarray:
@@ -387,7 +473,7 @@ def sample_ids(pool: ArrayLike, k: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(pool, size=min(k, len(pool)), replace=False))
 
 # %% ../nbs/04_rows.ipynb #47bf244a
-class TunedRows(torch.nn.Module):
+class TunedRows(_Rows):
     """Rows for a few token ids, to be read instead of a model's own.
 
     Parameters
@@ -395,16 +481,18 @@ class TunedRows(torch.nn.Module):
     ids : array_like of shape (k,), integers
         Distinct token ids; there may be none.
     weight : array_like of shape (k, d), floats
-        The row of each id, in the order of the ids.
+        The row of each id, in the order of the ids. In mode "both" of shape (k, 2d): the input row, then the output
+        row.
     mode : str, default "input_only"
-        "input_only", or "shared" for a model that ties input and output embeddings: the output scores these ids by the
-        same rows.
+        "input_only": rows of the input embedding. For a model that ties input and output embeddings, "shared": the
+        output scores these ids by the same rows. For one that does not, "head": rows of its linear output; and "both":
+        a row of each for every id.
 
     Attributes
     ----------
     ids : torch.Tensor of shape (k,)
         The ids, sorted, int64.
-    weight : torch.nn.Parameter of shape (k, d)
+    weight : torch.nn.Parameter of shape (k, d) or (k, 2d)
         The rows, fp32, trainable.
     mode : str
         As given.
@@ -414,8 +502,6 @@ class TunedRows(torch.nn.Module):
     ValueError
         If ids repeat, are negative or do not match the rows, a row holds NaN or infinity, or the mode is another.
     """
-
-    ids: torch.Tensor
 
     def __init__(self, ids: ArrayLike, weight: ArrayLike, mode: str = "input_only") -> None:
         super().__init__()
@@ -446,19 +532,14 @@ class TunedRows(torch.nn.Module):
         Raises
         ------
         ValueError
-            If an id is outside the embedding (which may have more rows than the tokenizer has tokens).
+            If an id is outside the embedding (which may have more rows than the tokenizer has tokens), or the mode does
+            not fit the model.
         """
-        weight, tokens = whole_weight(input_embedding(model)).detach(), _token_ids(ids)
-        if len(wrong := tokens[(tokens < 0) | (tokens >= len(weight))]):
-            raise ValueError(f"token id {int(wrong[0])} is outside the embedding of {len(weight)} rows")
-        return cls(tokens, weight[tokens.to(weight.device)], mode)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __repr__(self) -> str:
-        some = ", ".join(map(str, self.ids[:8].tolist())) + (", ..." if len(self) > 8 else "")
-        return f"TunedRows({len(self)} rows of {self.weight.shape[1]} numbers, {self.mode}; ids: {some or 'none'})"
+        tokens, tables = _token_ids(ids), [whole_weight(table).detach() for table in _tables(model, mode)]
+        size, place = min(map(len, tables)), tables[0].device
+        if len(wrong := tokens[(tokens < 0) | (tokens >= size)]):
+            raise ValueError(f"token id {int(wrong[0])} is outside the embedding of {size} rows")
+        return cls(tokens, torch.cat([table[tokens.to(table.device)].to(place) for table in tables], 1), mode)
 
     def applied(
         self, model: PreTrainedModel, roles: ArrayLike | None = None, read_by: Iterable[int] | None = None
@@ -490,7 +571,10 @@ class TunedRows(torch.nn.Module):
         return read_rows(model, [self], roles=roles, read_by=read_by)
 
     def matrix(self, model: PreTrainedModel) -> EmbeddingView:
-        """The model's input embedding with these rows in place, as a lazy view: nothing is copied until it is read.
+        """The model's embedding with these rows in place, as a lazy view: nothing is copied until it is read.
+
+        A scan compares one matrix with itself: for mode "head" it is the output embedding, for all others the input
+        embedding, so that ids for "both" are found by their input rows.
 
         Parameters
         ----------
@@ -516,15 +600,16 @@ class TunedRows(torch.nn.Module):
         Raises
         ------
         ValueError
-            If its embedding has another width or lacks an id, or its output is not tied and the rows are shared.
+            If its embedding has another width or lacks an id, or its output is not what the mode needs: tied for shared
+            rows, untied and linear for those of mode head or both.
         """
         _check_fit(self, model)
 
     def write(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Write the rows into the model's input embedding, rounded to its dtype.
+        """Write the rows into the model's embeddings, rounded to their dtype.
 
         If its output embedding is tied, `input_only` rows untie it first, so that the output stays as it was; `shared`
-        rows keep the tie and change both.
+        rows keep the tie and change both. Rows of mode `head` change the output embedding only.
 
         Parameters
         ----------
@@ -537,10 +622,6 @@ class TunedRows(torch.nn.Module):
             The same model. It is refused as `fits` says.
         """
         return _write(self, model)
-
-    def fingerprint(self) -> str:
-        "SHA-256, in hex, of ids, rows and mode."
-        return fingerprint(fingerprint(self.ids) + fingerprint(self.weight.detach()) + self.mode)
 
     def restrict(self, ids: ArrayLike) -> TunedRows:
         """Only the rows of some of these ids: Partial Transfer, or all but the ticket.
@@ -624,7 +705,8 @@ class TunedRows(torch.nn.Module):
         """
         _same_mode(self, other)
         ids = torch.cat([self.ids, other.ids]).unique()
-        return TunedRows(ids, torch.lerp(self.matrix(model)[ids], other.matrix(model)[ids], weight), self.mode)
+        ends = (_completed(rows, model, ids) for rows in (self, other))
+        return TunedRows(ids, torch.lerp(*ends, weight), self.mode)
 
     def scale(self, model: PreTrainedModel, factor: float) -> TunedRows:
         """The shift from the plain base, times a factor.
@@ -652,13 +734,15 @@ class TunedRows(torch.nn.Module):
 
         Returns
         -------
-        torch.Tensor of shape (k, d)
+        torch.Tensor of shape (k, d), or (k, 2d) in mode "both"
             fp32, on the rows' device.
         """
-        return self.weight.detach() - TunedRows.of(model, self.ids).weight.detach().to(self.weight.device)
+        return self.weight.detach() - TunedRows.of(model, self.ids, self.mode).weight.detach().to(self.weight.device)
 
     def noise(self, model: PreTrainedModel, seed: int = 0) -> TunedRows:
-        """The control: the same ids, each moved as far (in L2 norm) but in a random direction.
+        """The control: the same ids, each row moved as far (in L2 norm) but in a random direction.
+
+        In mode "both" the input row and the output row of an id are moved as far as each of them was.
 
         Parameters
         ----------
@@ -673,5 +757,6 @@ class TunedRows(torch.nn.Module):
         """
         delta = self.delta(model)
         random = torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed)).to(delta)
-        length = delta.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
-        return TunedRows(self.ids, self.weight.detach() - delta + random * length, self.mode)
+        apart = delta.unflatten(1, (-1, self.d)), random.unflatten(1, (-1, self.d))  # (k, sides, d)
+        length = apart[0].norm(dim=2, keepdim=True) / apart[1].norm(dim=2, keepdim=True)
+        return TunedRows(self.ids, self.weight.detach() - delta + (apart[1] * length).flatten(1), self.mode)

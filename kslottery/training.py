@@ -130,8 +130,8 @@ class _Learner(torch.nn.Module):  # a model and, if given, the rows that it read
     def __init__(self, model, rows=None, share_prefix=False):
         super().__init__()
         self.model, self.rows, self.share_prefix = model, rows, share_prefix
-        # a head that reads shared rows is not frozen
-        self.lean = (rows is None or rows.mode == "input_only") and _frozen_head(model) is not None
+        # a head that scores by tuned rows is not frozen
+        self.lean = (rows is None or rows.output is None) and _frozen_head(model) is not None
         if share_prefix and (why := _unshared(model) if self.lean else "its loss is taken the long way"):
             raise ValueError(f"share_prefix is not for this {type(model).__name__} ({why}): leave it off")
 
@@ -197,8 +197,8 @@ class Engine:
     compile : bool, default False
         Use `torch.compile`.
     share_prefix : bool, default False
-        Run the tokens that all examples of a batch begin with only once. Not for dropout, shared rows, recurrent
-        models, activation checkpointing or `compile`.
+        Run the tokens that all examples of a batch begin with only once. Not for dropout, rows that score,
+        recurrent models, activation checkpointing or `compile`.
     save_every : int, default 50
         Steps between two writes of a checkpoint, if there is one.
     log_dir : str, optional

@@ -43,7 +43,8 @@ class Recipe:
     seed : int, default 0
         It decides the order of the examples, and dropout.
     mode : str, default "input_only"
-        What a tuned row is, see `TunedRows`: "shared" for a model that ties input and output embeddings.
+        What a tuned row is, see `TunedRows`: "shared" for a model that ties input and output embeddings, "head" or
+        "both" for one that does not.
     progress : bool, default True
         Show bars.
     engine : Engine
@@ -71,7 +72,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}: choose {' or '.join(MODES)}")
+            raise ValueError(f"mode is {self.mode!r}: choose {', '.join(MODES)}")
         _check_numbers(
             self, ("lr_embed", "lr_partial"), {"epochs_embed": 1, "epochs_partial": 1, "batch_size": 1, "seed": 0}
         )
@@ -139,8 +140,8 @@ def tune_rows(
     training : Training
         Rate, epochs, batch size, seed, and how the machine runs it.
     mode : str, default "input_only"
-        "shared", for a model that ties input and output embeddings: the rows learn from both places (and the loss is
-        taken the long way).
+        What a row is, see `TunedRows`. Rows that score, of any mode but "input_only", also learn from the output, and
+        the loss is taken the long way.
     checkpoint : path, optional
         A file that holds the state of the run. If it exists, the run goes on from there, and on a CPU gives the same
         rows as an unbroken one, bit for bit.
@@ -198,10 +199,11 @@ def embed_tune(
     checkpoint: str | os.PathLike | None = None,
     label: str = "Embed Tuning",
 ) -> TunedRows:
-    """Step 1 of KS-Lottery: fine-tune the input embedding only.
+    """Step 1 of KS-Lottery: fine-tune the embedding only.
 
     Trains the rows that occur in the examples, which gives what training the whole (V, d) matrix gives: the others
-    would not move (weight decay is 0).
+    would not move (weight decay is 0). In a mode whose rows score, the same rows learn; every other row of the output
+    would move, too, and stays.
 
     Parameters
     ----------

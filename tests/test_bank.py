@@ -15,14 +15,15 @@ SETTINGS = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=
 
 def drawn(model, n, mode="input_only", k=6, seed=0):
     "n tickets of k rows each; their ids overlap, their rows do not."
-    generator, (V, d) = torch.Generator().manual_seed(seed), model.get_input_embeddings().weight.shape
+    generator, V = torch.Generator().manual_seed(seed), len(model.get_input_embeddings().weight)
     ids = [torch.randperm(V, generator=generator)[:k] for _ in range(n)]
     spread = model.get_input_embeddings().weight.std() * 3
+    own = [TunedRows.of(model, i, mode) for i in ids]
     return {
         f"{mode}{j}": TunedRows(
-            i, TunedRows.of(model, i).weight + spread * torch.randn(k, d, generator=generator), mode
+            rows.ids, rows.weight + spread * torch.randn(rows.weight.shape, generator=generator), mode
         )
-        for j, i in enumerate(ids)
+        for j, rows in enumerate(own)
     }
 
 
@@ -152,3 +153,26 @@ def test_folders_and_what_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_of_all_sides_in_one_batch(beams):
+    "An untied model: tickets of the input, of the head, of both, and the plain model; each as its merged model."
+    model = talker("llama")
+    modes = ("input_only", "head", "both")
+    bank = TicketBank(model, {name: rows for mode in modes for name, rows in drawn(model, 4, mode, k=20).items()})
+    names = [*bank.rows, None, None]
+    prompts, mask = padded(len(names))
+    with bank.applied(names):
+        mixed = texts(model, prompts, mask, beams)
+    plain = texts(model, prompts, mask, beams)
+    for n, name in enumerate(names):
+        own = merged(bank.rows[name], model) if name else model
+        assert texts(own, prompts[n : n + 1], mask[n : n + 1], beams)[0] == mixed[n], name
+    assert all(sum(mixed[i] != plain[i] for i in range(4 * j, 4 * j + 4)) for j in range(3))  # of each mode some matter
+    with (
+        pytest.raises(ValueError, match="also score tokens"),
+        bank.applied(names, torch.ones_like(prompts), [Role.SOURCE]),
+    ):
+        pass
+    assert not model.get_output_embeddings()._forward_hooks and not model.get_input_embeddings()._forward_hooks

@@ -2,12 +2,15 @@
 
 import copy
 import resource
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     M2M100Config,
@@ -18,7 +21,7 @@ from transformers import (
 
 from conftest import ARCHITECTURES, TIED, talker, tiny_model
 from kslottery.data import Example, Role, collate
-from kslottery.rows import TunedRows, input_embedding, is_tied, sample_ids
+from kslottery.rows import MODES, TunedRows, input_embedding, is_tied, sample_ids
 
 X = torch.tensor([[1, 7, 9, 7, 5], [3, 9, 9, 3, 7]])
 GREEDY = dict(attention_mask=torch.ones_like(X), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=63)
@@ -479,7 +482,7 @@ def test_what_is_refused():
     for call, words in (
         (lambda: input_embedding(t5), "T5.*encoder-decoder.*causal LM"),
         (lambda: TunedRows.of(m2m, [3]), "M2M100.*encoder-decoder.*causal LM"),
-        (lambda: TunedRows([1], torch.zeros(1, 16), "output"), "'output'.*input_only or shared"),
+        (lambda: TunedRows([1], torch.zeros(1, 16), "output"), "'output'.*input_only, shared, head, both"),
         (
             lambda: (
                 random_rows(mode="shared")
@@ -499,6 +502,169 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+# Rows of the output
+
+UNTIED = ("llama", "qwen2", "mistral")
+
+
+def apart(mode, model, seed=0):
+    "Random rows of three ids, of mode head or both."
+    return random_rows(d=16 * (1 + (mode == "both")), seed=seed, mode=mode)
+
+
+def biased(kind="llama"):
+    "A model whose head has a bias."
+    model = talker(kind)
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(5)))
+    return model
+
+
+def softcapped():
+    "An untied Gemma 2: its embedding is scaled, its logits are capped after the head."
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = Gemma2Config(**shape, num_key_value_heads=1, head_dim=8, tie_word_embeddings=False)
+    config.final_logit_softcapping = 0.05
+    return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["head", "both"])
+@pytest.mark.parametrize("make", [*(partial(talker, kind) for kind in UNTIED), biased, softcapped])
+def test_rows_of_the_output_are_a_head_that_was_written(make, mode, dtype):
+    "In reading, in merging, in greedy and beam text; by hand, row by row; and nothing is left behind."
+    model = make().to(dtype)
+    rows, before = apart(mode, model), state(model)
+    hand = copy.deepcopy(model)
+    with torch.no_grad():
+        for table, part in ((hand.get_input_embeddings(), rows.input), (hand.get_output_embeddings(), rows.output)):
+            if part is not None:
+                table.weight[[3, 7, 9]] = part.to(dtype)
+        with rows.applied(model):
+            read, texts = model(X).logits, [model.generate(X, num_beams=b, **GREEDY) for b in (1, 3)]
+        expected, written = hand(X).logits, merged(rows, model)
+        torch.testing.assert_close(read, expected)
+        assert torch.equal(written(X).logits, expected) and not torch.equal(model(X).logits, expected)
+        if dtype == torch.float32:
+            assert all(torch.equal(a, hand.generate(X, num_beams=b, **GREEDY)) for a, b in zip(texts, (1, 3)))
+        changed = [name for name, value in state(written).items() if not torch.equal(value, before[name])]
+        assert len(changed) == 1 + (mode == "both") and not is_tied(written)
+    assert all(torch.equal(before[k], v) for k, v in state(model).items())
+    assert not model.get_output_embeddings()._forward_hooks and not model.get_input_embeddings()._forward_hooks
+    own = TunedRows.of(model, range(64), mode)
+    with torch.no_grad(), own.applied(model):
+        torch.testing.assert_close(model(X).logits, make().to(dtype)(X).logits)
+
+
+def test_only_what_belongs_to_an_id_is_exchanged():
+    "Head rows leave what is read, and the scores of the other ids, as they were, bit for bit."
+    model, rows = talker("llama"), random_rows(mode="head")
+    with torch.no_grad():
+        plain, read = model(X, output_hidden_states=True), model.get_input_embeddings()(X)
+        with rows.applied(model):
+            tuned = model(X, output_hidden_states=True)
+            assert torch.equal(model.get_input_embeddings()(X), read)
+    others = np.setdiff1d(np.arange(64), [3, 7, 9])
+    assert torch.equal(tuned.logits[..., others], plain.logits[..., others])
+    torch.testing.assert_close(tuned.logits[..., [3, 7, 9]], tuned.hidden_states[-1] @ rows.output.T)
+
+
+@pytest.mark.parametrize("make", [partial(tiny_model, "llama"), biased])
+@pytest.mark.parametrize("mode", ["head", "both"])
+def test_rows_of_the_output_have_the_gradients_of_dense_training(make, mode):
+    model, whole, target = make().requires_grad_(False), make(), X.roll(-1, dims=1)
+    loss = lambda m: torch.nn.functional.cross_entropy(m(X).logits.flatten(0, 1), target.flatten())
+    loss(whole).backward()
+    tables = [whole.get_input_embeddings(), whole.get_output_embeddings()][mode == "head" :]
+    rows = TunedRows.of(model, [3, 7, 9], mode)
+    with rows.applied(model):
+        for n in (1, 2):  # a second pass within one block adds up
+            loss(model).backward()
+            expected = torch.cat([n * table.weight.grad[[3, 7, 9]] for table in tables], 1)
+            torch.testing.assert_close(rows.weight.grad, expected, rtol=1e-4, atol=1e-6)
+    assert (rows.weight.grad.abs().sum(1) > 0).all() and all(p.grad is None for p in model.parameters())
+
+
+def test_blocks_of_the_output_never_overwrite_each_other():
+    "A row of the input and one of the output are two rows: they may meet. Two of the output may not."
+    model = talker("llama")
+    read, scored, pair = random_rows(), random_rows(seed=1, mode="head"), apart("both", model)
+    together = TunedRows([3, 7, 9], torch.cat([read.weight, scored.weight], 1), "both")
+    with torch.no_grad():
+        with together.applied(model):
+            expected = model(X).logits
+        with scored.applied(model), read.applied(model):
+            assert torch.equal(model(X).logits, expected)
+    for outer, inner in ((scored, scored), (scored, pair), (pair, scored), (pair, read), (read, pair)):
+        with (
+            outer.applied(model),
+            pytest.raises(ValueError, match="token id 3.*overwrite"),
+            inner.restrict([3]).applied(model),
+        ):
+            pass
+    other = random_rows([11], mode="head")
+    with scored.applied(model), other.applied(model), torch.no_grad():
+        both = model(X).logits
+    with scored.union(other).applied(model), torch.no_grad():
+        torch.testing.assert_close(model(X).logits, both)
+    assert not model.get_output_embeddings()._forward_hooks and not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("mode", ["head", "both"])
+def test_arithmetic_does_not_know_about_sides(mode, tmp_path):
+    model = tiny_model("llama")
+    rows, other = apart(mode, model), random_rows([9, 11], d=16 * (1 + (mode == "both")), seed=1, mode=mode)
+    for w in (0.0, 0.3, 1.5):
+        between, ends = merged(rows.interpolate(other, model, w), model), [merged(r, model) for r in (rows, other)]
+        for table in ("get_input_embeddings", "get_output_embeddings"):
+            first, second = (getattr(end, table)().weight for end in ends)
+            torch.testing.assert_close(getattr(between, table)().weight, (1 - w) * first + w * second)
+    assert torch.equal(rows.scale(model, 1).weight, rows.weight)
+    torch.testing.assert_close(rows.scale(model, 2).delta(model), 2 * rows.delta(model), rtol=1e-4, atol=1e-5)
+    noise = rows.noise(model)
+    for part in slice(0, 16), slice(-16, None):  # each side moves as far as it did
+        lengths = [r.delta(model)[:, part].norm(dim=1) for r in (rows, noise)]
+        torch.testing.assert_close(*lengths, rtol=1e-4, atol=1e-5)
+    assert rows.restrict([7]).mode == mode and rows.d == 16
+    assert len({TunedRows([3], torch.ones(1, 32), m).fingerprint() for m in MODES}) == 4
+    side = (model.get_input_embeddings if mode == "both" else model.get_output_embeddings)().weight
+    view = rows.matrix(model)
+    assert view.base is side and view.shape == (64, 16)
+    assert torch.equal(view[[3, 4]], torch.stack([rows.weight[0, :16], side[4]]))
+    none = TunedRows.of(model, [], mode)
+    assert torch.equal(none.matrix(model)[:], side) and len(none.noise(model)) == 0 and none.d == 16
+    with none.applied(model), torch.no_grad():
+        assert torch.equal(model(X).logits, tiny_model("llama")(X).logits)
+
+
+def test_a_mode_that_the_model_has_no_place_for():
+    untied, tied, roles = tiny_model("llama"), tiny_model("gpt2"), dict(roles=torch.ones_like(X), read_by=[1])
+    odd, narrow = tiny_model("llama"), tiny_model("llama")
+    odd.lm_head = torch.nn.Sequential(odd.lm_head)
+    odd.get_output_embeddings = lambda: odd.lm_head
+    narrow.lm_head = torch.nn.Linear(8, 64, bias=False)
+    short = tiny_model("llama")
+    short.lm_head = torch.nn.Linear(16, 9, bias=False)
+    for call, words in (
+        (lambda: TunedRows.of(tied, [3], "both"), "mode both.*GPT2.*ties the two: use mode shared"),
+        (lambda: apart("head", tied).write(tied), "mode head.*use mode shared"),
+        (lambda: apart("both", tied).applied(tied).__enter__(), "mode both.*use mode shared"),
+        (lambda: TunedRows.of(odd, [3], "head"), "linear output of 16.*Sequential: use mode input_only"),
+        (lambda: TunedRows.of(narrow, [3], "both"), "linear output of 16"),
+        (lambda: TunedRows.of(short, [9], "head"), "token id 9 is outside the embedding of 9 rows"),
+        (lambda: apart("head", short).applied(short).__enter__(), "9 x 16"),
+        (lambda: TunedRows([3], torch.ones(1, 15), "both"), "15 numbers cannot be an input and an output row"),
+        (lambda: random_rows(mode="both").applied(untied).__enter__(), "rows of 8 numbers.*64 x 16"),
+        (lambda: apart("head", untied).applied(untied, **roles).__enter__(), "head rows also score"),
+        (lambda: apart("both", untied).applied(untied, **roles).__enter__(), "gate input_only"),
+        (lambda: apart("head", untied).union(random_rows()), "head.*input_only"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert not untied.get_input_embeddings()._forward_hooks
 
 
 def test_sample_ids():

@@ -425,7 +425,7 @@ def test_ids_that_are_not_those_of_the_rows(tmp_path):
         ({"fingerprints": {"embedding": None, "tokenizer": "0" * 64}}, "SHA-256 of the embedding"),
         ({"fingerprints": {}}, "SHA-256 of the embedding"),
         ({"fingerprints": ["x"]}, "fingerprints is"),
-        ({"mode": "both"}, "mode is 'both'"),
+        ({"mode": "output"}, "mode is 'output'"),
         ({"alpha": 2.0}, "alpha is 2.0"),
         ({"alpha": "0.05"}, "alpha is '0.05'"),
         ({"top_k": -1}, "top_k is -1"),

@@ -198,7 +198,7 @@ def test_a_wrong_engine_is_one_sentence_when_it_is_made():
     ):
         with pytest.raises(ValueError, match=words):
             Engine(**wrong)
-    with pytest.raises(ValueError, match="mode is 'output': choose input_only or shared"):
+    with pytest.raises(ValueError, match="mode is 'output': choose input_only, shared, head, both"):
         Recipe(mode="output")
 
 
@@ -265,3 +265,19 @@ def test_shared_rows_are_what_peft_trains(kind):
     shared = tune_rows(model, [7, 12], examples(), two, mode="shared")
     torch.testing.assert_close(shared.weight.detach(), theirs, rtol=0, atol=1e-4)
     assert (tune_rows(model, [7, 12], examples(), two).weight - theirs).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["head", "both"])
+def test_rows_of_the_output_are_what_peft_trains(mode, tmp_path):
+    "On an untied model, with one or two targets; a checkpoint holds them."
+    model, two = tiny_model("llama"), Training(1e-2, 2, 8, progress=False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    targets = ["embed_tokens", "lm_head"][mode == "head" :]
+    config = TrainableTokensConfig(token_indices=[7, 12], target_modules=targets)
+    adapted = peft_tune(model, config, examples(), two)
+    theirs = [p.detach() for name, p in adapted.named_parameters() if "trainable_tokens_delta" in name]
+    rows = tune_rows(model, [7, 12], examples(), two, mode=mode, checkpoint=tmp_path / "run")
+    torch.testing.assert_close(rows.weight.detach(), torch.cat(theirs, 1), rtol=0, atol=1e-4)
+    assert rows.delta(model).abs().min() > 0 and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    again = tune_rows(model, [7, 12], examples(), two, mode=mode, checkpoint=tmp_path / "run")  # all steps are done
+    assert torch.equal(again.weight, rows.weight)
