@@ -145,7 +145,7 @@ def write_adapter(folder: Path, facts: Any, rows: TunedRows, base: Any = None) -
             form = "{}.lora_embedding_{}" if name == facts.embedding_module else "{}.lora_{}.weight"
             tensors |= {form.format(name, letter): one for letter, one in zip("AB", pair)}
         about |= {"r": rank, "lora_alpha": rank, "target_modules": [*sides]}
-        prints = {name: fingerprint(base.get_submodule(name).weight) for name in sides}
+        prints = {name: fingerprint(base.get_submodule(name).weight.float()) for name in sides}
         (folder / "base.json").write_text(json.dumps(prints, indent=1) + "\n", encoding="utf-8")
     config(**about).save_pretrained(folder)
     stored = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
@@ -281,7 +281,7 @@ def read_adapter(folder: str | Path, model: Any) -> tuple[list[int], TunedRows, 
     tokens, made_for = len(tensors) == 2, Path(folder, "base.json")
     if not tokens and os.path.lexists(made_for):
         known = read_json(made_for, dict, _AGAIN)
-        wrong = [n for n, t in zip(names, tables) if n in known and known[n] != fingerprint(t.weight)]
+        wrong = [n for n, t in zip(names, tables) if n in known and known[n] != fingerprint(t.weight.float())]
         must(not wrong, f"{folder} was made for a base with another {', '.join(wrong)}: load the model it was made for")
     ids, sides = (
         (about.token_indices, {n: one for n, one in enumerate(tensors) if one is not None})

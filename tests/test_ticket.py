@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from markdown_it import MarkdownIt
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import forks
-from conftest import ARCHITECTURES, ROOT, TIED, talker, tiny_model
+from conftest import ARCHITECTURES, ROOT, TIED, tiny_model
 from kslottery.certificate import certify_agreement
 from kslottery.data import Pair, Pairs, Prompt
 from kslottery.evaluation import Generation
@@ -81,91 +80,6 @@ def test_there_and_back(kind, mode, tmp_path):
     assert not list((tmp_path / "t").glob("*.bin")) and not list((tmp_path / "t").glob("*.pkl"))
 
 
-def natural(kind):
-    "The mode that PEFT reads a model's rows in."
-    return "shared" if kind in TIED else "input_only"
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_plain_peft_loads_it_and_the_way_back(kind, tmp_path):
-    "Ticket -> plain PEFT -> what PEFT saves -> ticket: the same rows and the same greedy text everywhere."
-    model = talker(kind)
-    ticket = ticket_for(model, mode=natural(kind))
-    ticket.save(tmp_path / "t")
-    ticket.save_peft(tmp_path / "plain")
-    with Ticket.load(tmp_path / "t").rows.applied(model), torch.no_grad():
-        ours, text = model(X).logits, model.generate(X, **GREEDY)
-    assert not torch.equal(model.generate(X, **GREEDY), text)
-    for folder in ("t", "plain"):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            adapted = PeftModel.from_pretrained(talker(kind), tmp_path / folder).eval()
-        with torch.no_grad():
-            theirs = adapted(X).logits
-        assert torch.equal(theirs, ours) if natural(kind) == "input_only" else torch.allclose(theirs, ours, atol=1e-5)
-        assert torch.equal(adapted.generate(input_ids=X, **GREEDY), text)
-    adapted.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
-    back = Ticket.from_peft(tmp_path / "saved", model, TOKENIZER)
-    back.check(model, TOKENIZER)
-    assert back.rows.mode == back.mode == natural(kind) and back.provenance.model == "tiny"
-    assert torch.equal(back.rows.ids, ticket.rows.ids) and torch.equal(back.rows.weight, ticket.rows.weight)
-    with back.rows.applied(model):
-        assert torch.equal(model.generate(X, **GREEDY), text)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_rows_that_peft_trained(kind, tmp_path):
-    "Ids in no order, rows that PEFT's own training moved."
-    adapted = get_peft_model(talker(kind), TrainableTokensConfig(token_indices=[9, 3, 7]))
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
-    adapted(input_ids=X, labels=X).loss.backward()
-    optimizer.step()
-    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=False)
-    ticket = Ticket.from_peft(tmp_path / "a", talker(kind), TOKENIZER)
-    assert ticket.ids.tolist() == [9, 3, 7] and ticket.provenance.tokens == ("t9", "t3", "t7")
-    assert not torch.equal(adapted.eval().generate(input_ids=X, **GREEDY), talker(kind).generate(X, **GREEDY))
-    assert torch.equal(adapted.generate(input_ids=X, **GREEDY), merged(ticket.rows, talker(kind)).generate(X, **GREEDY))
-
-
-def test_what_is_stored_is_k_by_d(tmp_path):
-    "Known trouble: PEFT's automatic choice can store the whole embedding in the adapter (PRs 1383 and 2649)."
-    model = tiny_model("llama", vocabulary=4096)
-    ticket = bare(model, [9, 4], TunedRows([9, 4], torch.ones(2, 16)))
-    ticket.save(tmp_path / "t")
-    ticket.save_peft(tmp_path / "a")
-    assert [v.shape for v in load_file(tmp_path / "t" / "adapter_model.safetensors").values()] == [(2, 16)]
-    assert {p.name for p in (tmp_path / "a").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    for place in ("t", "a"):
-        assert sum(p.stat().st_size for p in (tmp_path / place).iterdir()) < 4096 * 16 * 4 / 10
-
-
-def test_adapters_that_are_no_tickets(tmp_path):
-    model = tiny_model("llama")
-    get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    get_peft_model(
-        tiny_model("llama"), TrainableTokensConfig(token_indices=[3], target_modules=["embed_tokens", "lm_head"])
-    ).save_pretrained(tmp_path / "head")
-    get_peft_model(tiny_model("llama", hidden=32), TrainableTokensConfig(token_indices=[3])).save_pretrained(
-        tmp_path / "wide"
-    )
-    get_peft_model(tiny_model("llama", vocabulary=80), TrainableTokensConfig(token_indices=[70])).save_pretrained(
-        tmp_path / "far"
-    )
-    ticket_for(model).save_peft(tmp_path / "cut")
-    whole = (tmp_path / "cut" / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
-    for folder, error, words in (
-        ("lora", ValueError, "LORA"),
-        ("head", ValueError, "lm_head"),
-        ("wide", ValueError, "64 x 16"),
-        ("far", ValueError, "70.*64 x 16"),
-        ("cut", ValueError, "damaged"),
-        ("none", FileNotFoundError, "adapter_config.json"),
-    ):
-        with pytest.raises(error, match=words):
-            Ticket.from_peft(tmp_path / folder, model, TOKENIZER)
-
-
 def test_a_ticket_is_not_for_a_merged_or_resized_model():
     "Two tickets are never merged one after the other: the second is for another embedding by then (PEFT issue 3510)."
     model = tiny_model("llama")
@@ -188,92 +102,6 @@ def test_ids_beyond_the_tokenizer(tmp_path):
             PeftModel.from_pretrained(tiny_model("qwen2", vocabulary=80), tmp_path / "t").eval()(X + 70).logits,
             model(X + 70).logits,
         )
-
-
-@pytest.mark.parametrize("kind, ids, reason", [("gpt2", (9, 4), "ties"), ("llama", (), "empty")])
-def test_what_peft_cannot_hold_is_named_and_not_written(kind, ids, reason, tmp_path):
-    ticket_for(tiny_model(kind), ids).save(tmp_path / "t")
-    assert reason in json.loads((tmp_path / "t" / "ticket.json").read_text())["peft"]
-    assert not list((tmp_path / "t").glob("adapter*")) and len(Ticket.load(tmp_path / "t").ids) == len(ids)
-    with pytest.raises(ValueError, match=f"PEFT cannot hold this ticket as trainable_tokens.*{reason}") as refused:
-        Ticket.load(tmp_path / "t").save_peft(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-    offered = "--as lora" in str(refused.value)  # where it can hold it, the sentence and the card say so
-    assert offered == ("--as lora" in (tmp_path / "t" / "README.md").read_text()) == (kind == "gpt2")
-
-
-def moved(model, k=5):
-    "Rows of a ticket, and the model's own, of the usual size."
-    own = TunedRows.of(model, range(3, 3 + 4 * k, 4))
-    return TunedRows(own.ids, own.weight + 0.02 * torch.randn(k, 16, generator=torch.Generator().manual_seed(1)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_a_lora_is_the_ticket(kind, dtype, tmp_path):
-    """Plain PEFT with the LoRA says what the rows say, tied or not, and the head of a tied model stays as it was.
-
-    In 16 bits it adds in fp32 and rounds once, as our mechanism does: the same numbers. In 32 bits a row is base plus
-    difference, to the last rounding of the difference.
-    """
-    model = talker(kind).to(dtype)
-    rows = moved(model)
-    bare(model, rows.ids.tolist(), rows).save_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
-    adapted = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
-    assert adapted.peft_config["default"].r == adapted.peft_config["default"].lora_alpha == len(rows)
-    x = torch.cat([X, rows.ids.repeat(2, 1)], 1)
-    with torch.no_grad():
-        with rows.applied(model):
-            ours = model(x).logits
-        assert torch.allclose(adapted(x).logits, ours, rtol=0, atol=2e-5 if dtype == torch.float32 else 0)
-        assert not torch.allclose(model(x).logits, ours, atol=1e-3)
-    assert torch.equal(adapted.get_output_embeddings().weight, model.get_output_embeddings().weight)
-    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    a, b = (next(v for name, v in stored.items() if name.endswith(end)) for end in ("_A", "_B"))
-    again, row = model.get_input_embeddings().weight.detach().float().numpy() + (b @ a).T, rows.weight.detach().numpy()
-    assert (a.sum(1) == 1).all() and (again[rows.ids] - row == 0).mean() > 0.6
-    assert (np.abs(again[rows.ids] - row) <= np.spacing(np.abs(b.T)) / 2 + np.spacing(np.abs(row)) / 2).all()
-
-
-def test_a_lora_is_written_as_peft_writes_its_own(tmp_path):
-    model = tiny_model("gpt2")
-    rows = moved(model)
-    ticket = bare(model, rows.ids.tolist(), rows)
-    ticket.save_peft(tmp_path / "ours", "lora", model=model, tokenizer=TOKENIZER)
-    config = LoraConfig(r=5, lora_alpha=5, target_modules=["transformer.wte"], task_type="CAUSAL_LM")
-    with warnings.catch_warnings(action="ignore"):  # of tied models
-        get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "own", save_embedding_layers=False)
-    shapes, about = (
-        {place: read(tmp_path / place) for place in ("ours", "own")}
-        for read in (
-            lambda folder: {n: v.shape for n, v in load_file(folder / "adapter_model.safetensors").items()},
-            lambda folder: json.loads((folder / "adapter_config.json").read_text()),
-        )
-    )
-    assert shapes["ours"] == shapes["own"]
-    assert {n for n in about["own"] if about["ours"].get(n) != about["own"][n]} <= {"base_model_name_or_path"}
-
-
-def test_what_a_lora_cannot_hold(tmp_path):
-    model = tiny_model("gpt2")
-    rows = moved(model)
-    shared = bare(model, rows.ids.tolist(), TunedRows(rows.ids, rows.weight, "shared"))
-    for ticket, words in (
-        (shared, "read by the output, too"),
-        (bare(model, []), "the ticket is empty"),
-        (bare(model, [9]), "no tuned rows"),
-    ):
-        with pytest.raises(ValueError, match=f"PEFT cannot hold this ticket as lora: .*{words}"):
-            ticket.save_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
-    with pytest.raises(ValueError, match="form is 'ia3': choose trainable_tokens, lora"):
-        shared.save_peft(tmp_path / "a", "ia3")
-    mine = bare(model, rows.ids.tolist(), rows)
-    with pytest.raises(ValueError, match="another embedding"):
-        mine.save_peft(tmp_path / "a", "lora", model=tiny_model("gpt2", seed=1), tokenizer=TOKENIZER)
-    assert not (tmp_path / "a").exists()
-    mine.save_peft(tmp_path / "a", "lora", model=model, tokenizer=TOKENIZER)
-    with pytest.raises(ValueError, match="holds a LORA adapter.*keep the ticket"):
-        Ticket.from_peft(tmp_path / "a", model, TOKENIZER)
 
 
 def test_another_model_or_tokenizer_is_refused():
