@@ -10,8 +10,8 @@ PORT ?= 8000
 JOBS ?= 1
 SCALE ?= 1
 
-.PHONY: help setup setup-browser hooks run run-real lint test test-full docs docs-serve export house notebooks dist \
-  clean fuzz faults bench-ks bench-bank bench-step bench-prefix audit-worlds stability verdict real
+.PHONY: help setup setup-browser setup-llama hooks run run-real lint test test-full docs docs-serve export house \
+  notebooks dist clean fuzz faults bench-ks bench-bank bench-step bench-prefix engines audit-worlds stability verdict real
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -36,6 +36,13 @@ setup-browser: ## Debian's chromium and its driver, for the tests of the site (a
 	    exit 1; }; \
 	  as=$$(test $$(id -u) = 0 || echo sudo); $$as apt-get update -qq \
 	    && $$as apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
+
+# Everything that tickets do not need is left out. There is no wheel: it takes six minutes of processor time.
+LLAMA = -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF \
+  $(foreach part,TESTS EXAMPLES TOOLS SERVER,-DLLAMA_BUILD_$(part)=OFF)
+
+setup-llama: .venv/ready ## llama.cpp and its Python package, built here, for the slow tests and make engines
+	@CMAKE_ARGS="$(LLAMA)" $(PIP) llama-cpp-python gguf
 
 hooks: .venv/ready ## git checks what you commit: notebooks clean, library in sync, ruff
 	@$(BIN)/pre-commit install
@@ -117,6 +124,9 @@ bench-step: .venv/ready ## one step of row tuning against PEFT, LoRA, dense and 
 
 bench-prefix: .venv/ready ## a step with the template's prefix run once per batch, against one without: ratio of time
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_prefix.py --out benchmarks/results/prefix.json
+
+engines: .venv/ready ## tickets as adapters of llama.cpp against transformers (make setup-llama first; half a minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --out benchmarks/results/engines.json
 
 audit-worlds: .venv/ready ## the audit in two worlds with a known answer, three seeds, two settings (about ten minutes)
 	@$(BIN)/python benchmarks/audit_worlds.py --out benchmarks/results/audit_worlds.json

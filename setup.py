@@ -12,7 +12,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-run, docs, spbleu = (cfg[f"{name}_requirements"].split() for name in ("run", "docs", "spbleu"))
+run, docs, spbleu, llama = (cfg[f"{name}_requirements"].split() for name in ("run", "docs", "spbleu", "llama"))
 readme = here / "README.md"
 
 
@@ -65,6 +65,7 @@ setup(
         "run": run,
         "docs": docs,
         "spbleu": spbleu,
+        "llama": llama,
         "dev": run + docs + spbleu + cfg["dev_requirements"].split(),
     },
     entry_points={"console_scripts": ["kslottery=kslottery.cli:main"], "nbdev": ["kslottery=kslottery._modidx:d"]},

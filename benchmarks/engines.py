@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kslottery import TunedRows
@@ -39,7 +40,8 @@ KINDS = {  # how each is made; untied unless its own nature or the caller says o
     "gemma3_text": LLAMA | {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16},
     **{kind: GPT for kind in ("gpt2", "bloom")},
 }
-TYPES = [*KINDS]
+CASES = [(kind, mode, False) for kind in KINDS for mode in ("input_only", "head", "both")]
+CASES += [(kind, mode, True) for kind in ("llama", "gemma3_text", "gpt2") for mode in ("input_only", "shared")]
 
 
 # Reads a request from standard input, {base, adapters, passes: [[ids, [[adapter, scale], ...], reset], ...], out}, and
@@ -280,24 +282,28 @@ def quantised(room):
     return {"adapter to merged": rms(with_rows, merged), "effect": rms(with_rows, plain)}
 
 
+def measure():
+    "All of it."
+    with tempfile.TemporaryDirectory() as name:
+        room = Path(name)
+        return {
+            "machine": platform.machine(),
+            "versions": {name: version(name) for name in ("llama_cpp_python", "gguf", "torch", "transformers")},
+            "shape": {"vocabulary": V, "hidden": D, "layers": 2, "rows": 7},
+            "cases": [compare(kind, mode, room, tied) for kind, mode, tied in CASES],
+            "several": several(room),
+            "refused": refused(room),
+            "quantised": quantised(room),
+        }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cases = [(kind, mode, False) for kind in TYPES for mode in ("input_only", "head", "both")]
-    cases += [(kind, mode, True) for kind in ("llama", "gemma3_text", "gpt2") for mode in ("input_only", "shared")]
-    with tempfile.TemporaryDirectory() as name:
-        room = Path(name)
-        result = {
-            "machine": platform.machine(),
-            "versions": {name: version(name) for name in ("llama_cpp_python", "gguf", "torch", "transformers")},
-            "shape": {"vocabulary": V, "hidden": D, "layers": 2, "rows": 7},
-            "cases": [compare(kind, mode, room, tied) for kind, mode, tied in cases],
-            "several": several(room),
-            "refused": refused(room),
-            "quantised": quantised(room),
-        }
+    transformers.logging.set_verbosity_error()
+    result = measure()
     for one in result["cases"]:
         numbers = "  ".join(f"{name} {one[name]:.1e}" for name in ("base", "ticket", "merged", "effect"))
         print(f"{one['type']:12s}{'tied' if one['tied'] else 'untied':8s}{one['mode']:12s}{numbers}")

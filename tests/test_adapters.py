@@ -5,17 +5,30 @@ import json
 import struct
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
+import engines
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from conftest import ARCHITECTURES, TIED, talker, tiny_model
-from kslottery.adapters import RANKS, lora_rank, module_names, obstacle, read_adapter, write_adapter, write_gguf
+from conftest import ARCHITECTURES, ROOT, TIED, invoke, talker, tiny_model
+from kslottery.adapters import (
+    _ENGINE_NAMES,
+    RANKS,
+    lora_rank,
+    module_names,
+    obstacle,
+    read_adapter,
+    write_adapter,
+    write_gguf,
+)
 from kslottery.rows import TunedRows
 from kslottery.ticket import Provenance, Ticket
+from test_commands import base_in, ticket_in
 from test_ticket import GREEDY, TOKENIZER, X, bare, merged, ticket_for
 
 
@@ -364,3 +377,62 @@ def test_what_a_gguf_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="of type neox, only for llama, .*mistral"):
         ticket.save_gguf(tmp_path / "c.gguf", untied=True, **known)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_forms_by_their_command(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = base_in(tmp_path / "base", kind)
+    ticket_in(tmp_path / "t", tmp_path / "base")
+    untied = ["--untied"] if kind in TIED else []
+    status, said, error = invoke("peft", "t", "--as", "gguf", *untied, "--out", "a.gguf", "--json")
+    assert status == 0 and json.loads(said) == {"out": "a.gguf", "holds": "adapter", "form": "gguf"}, error
+    ticket = Ticket.load("t")
+    ticket.save_gguf("b.gguf", model=model, tokenizer=TOKENIZER, untied=True)
+    assert Path("a.gguf").read_bytes() == Path("b.gguf").read_bytes()
+    assert invoke("peft", "t", "--as", "lora", "--out", "lora")[0] == 0
+    assert invoke("peft", "lora", "--out", "again")[0] == 0
+    again = Ticket.load("again")
+    assert again.mode == "input_only" and torch.allclose(again.rows.weight, ticket.rows.weight, atol=1e-6)
+    for words, sentence in (
+        (("t", "--as", "gguf", "--out", "a.gguf", *untied), "new file in a folder that exists"),
+        (("t", "--as", "gguf", "--out", "c.gguf"), "--untied" if untied else ""),
+        (("t", "--as", "lora", "--out", "other", "--untied"), "--untied is for --as gguf"),
+        (("lora", "--as", "gguf", "--out", "other"), "--as says how a ticket is written"),
+        (("t", "--as", "ia3", "--out", "other"), "form is 'ia3': choose trainable_tokens, lora, gguf"),
+    ):
+        status, _, error = invoke("peft", *words)
+        assert (status == 2 and sentence in error and error.count("\n") == 1) if sentence else status == 0, error
+        assert not Path("other").exists()
+
+
+# llama.cpp itself
+
+
+def within(one):
+    "Whether what the engine said with a ticket is what transformers says."
+    silu = one["type"] in ("llama", "mistral", "qwen2", "qwen3")  # GELU is a table of 16-bit numbers in the engine
+    return max(one["base"], one["ticket"]) < (1e-4 if silu else 3e-3) and one["merged"] < 2e-6 < 1 < one["effect"]
+
+
+def check_engine(result):
+    assert all(map(within, result["cases"])) and all(one["same_greedy_tokens"] for one in result["cases"])
+    several = result["several"]
+    assert max(several[n] for n in ("first", "second", "half of the first", "sum", "none again")) < 1e-4
+    assert several["without a reset"] > 0.1  # the next test would see nothing otherwise
+    assert result["refused"] == {"another vocabulary": "not loaded", "tied": "abort"}
+    assert result["quantised"]["adapter to merged"] < 0.1 * result["quantised"]["effect"]
+
+
+def test_the_numbers_of_the_page():
+    result = json.loads((ROOT / "benchmarks" / "results" / "engines.json").read_text())
+    check_engine(result)
+    assert {(one["type"], one["mode"], one["tied"]) for one in result["cases"]} == {*engines.CASES}
+    assert {one["type"] for one in result["cases"]} == {*_ENGINE_NAMES}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("llama_cpp") or not find_spec("gguf"), reason="no llama.cpp here: make setup-llama")
+def test_llama_cpp_says_what_transformers_says():
+    "All types and modes, several adapters in one context, another vocabulary, a tied base: each in its own process."
+    check_engine(engines.measure())
