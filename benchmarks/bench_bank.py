@@ -10,9 +10,10 @@ requests.
 
 The ways: "bank" runs one batch, each request with its ticket; "base, one batch" is the plain model on that batch, the
 floor; "tickets in turn" and "merged models" run a batch for each ticket, with the rows applied and with a merged copy
-(made outside the clock; two models are in memory at a time); "LoRA in turn" switches PEFT adapters and "LoRA, mixed
-batch" is PEFT's one batch with `adapter_names` (rank 8 on queries and values). The bank, the tickets in turn and the
-merged models must give the same tokens, or there is no ratio; so must the two LoRA ways.
+(made outside the clock; two models are in memory at a time). PEFT holds LoRA adapters of two kinds: the very tickets
+(`Ticket.save_peft` with form "lora", on the input embedding), and the usual LoRA of rank 8 on queries and values. "In
+turn" switches them, a batch for each, and "mixed batch" is PEFT's one batch with `adapter_names`. All ways of a ticket
+must give the same tokens, or there is no ratio; so must the two of the usual LoRA.
 """
 
 import argparse
@@ -20,16 +21,19 @@ import copy
 import json
 import os
 import platform
+import tempfile
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kslottery import TicketBank, TunedRows
+from kslottery.adapters import lora_rank, module_names, write_adapter
 from kslottery.core import write_json
 
 
@@ -65,6 +69,22 @@ def with_lora(model, names):
     return adapted.eval()
 
 
+def with_tickets(model, bank):
+    "A copy of the model with each ticket as a LoRA, as PEFT loads it."
+    embedding, output = module_names(model)
+    facts = SimpleNamespace(model="", revision=None, embedding_module=embedding, output_module=output)
+    facts.V, adapted = len(model.get_input_embeddings().weight), None
+    with tempfile.TemporaryDirectory() as room:
+        for name, rows in bank.rows.items():
+            (folder := Path(room, name)).mkdir()
+            write_adapter(folder, facts, rows, model)
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(copy.deepcopy(model), folder, adapter_name=name)
+            else:
+                adapted.load_adapter(folder, name)
+    return adapted.eval()
+
+
 def clock(function, device):
     "Seconds, and what the function returned."
     wait, now = (torch.cuda.synchronize, time.perf_counter) if device == "cuda" else (lambda: None, time.process_time)
@@ -75,7 +95,7 @@ def clock(function, device):
     return now() - start, result
 
 
-def compare(model, bank, adapted, prompts, names, args):
+def compare(model, bank, as_lora, adapted, prompts, names, args):
     "Times of all ways, relative to the bank: the median of interleaved repeats."
     groups = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
 
@@ -108,20 +128,28 @@ def compare(model, bank, adapted, prompts, names, args):
         own = bank.rows[name].write(copy.deepcopy(model))
         return lambda who: generate(own, who)
 
-    def switched(name):
-        def run(who):
-            adapted.set_adapter(name)
-            return generate(adapted, who)
+    def switched(adapted):
+        def enter(name):
+            def run(who):
+                adapted.set_adapter(name)
+                return generate(adapted, who)
 
-        return run
+            return run
+
+        return lambda: in_turn(enter)
+
+    def in_one(adapted):
+        return lambda: clock(lambda: generate(adapted, adapter_names=names), args.device)
 
     ways = {
         "bank": lambda: clock(mixed, args.device),
         "base, one batch": lambda: clock(lambda: generate(model), args.device),
         "tickets in turn": lambda: in_turn(applied),
         "merged models": lambda: in_turn(merged),
-        "LoRA in turn": lambda: in_turn(switched),
-        "LoRA, mixed batch": lambda: clock(lambda: generate(adapted, adapter_names=names), args.device),
+        "tickets as LoRA, in turn": switched(as_lora),
+        "tickets as LoRA, mixed batch": in_one(as_lora),
+        "LoRA in turn": switched(adapted),
+        "LoRA, mixed batch": in_one(adapted),
     }
     times, texts = {name: [] for name in ways}, {}
     mixed()  # warm up
@@ -129,9 +157,8 @@ def compare(model, bank, adapted, prompts, names, args):
         for name, way in ways.items():
             seconds, texts[name] = way()
             times[name].append(seconds)
-    assert torch.equal(texts["bank"], texts["tickets in turn"]) and torch.equal(
-        texts["bank"], texts["merged models"]
-    ), "the texts differ: no ratio"
+    others = [name for name in ways if "ticket" in name or "merged" in name]
+    assert all(torch.equal(texts["bank"], texts[name]) for name in others), "the texts differ: no ratio"
     assert torch.equal(texts["LoRA in turn"], texts["LoRA, mixed batch"])
     return {
         "requests": len(names),
@@ -157,10 +184,10 @@ def main():
     torch.set_num_threads(1)
     model, bank, prompts = built(args)
     names = list(bank.rows)
-    adapted = with_lora(model, names)
+    as_lora, adapted = with_tickets(model, bank), with_lora(model, names)
     with torch.inference_mode():
         comparisons = [
-            compare(model, bank, adapted, prompts, mix, args)
+            compare(model, bank, as_lora, adapted, prompts, mix, args)
             for mix in (names, [names[n // 4] for n in range(len(names))])
         ]
     result = {
@@ -174,6 +201,7 @@ def main():
             "a merged model": sum(p.numel() for p in model.parameters()),
             "a LoRA adapter": sum(p.numel() for n, p in adapted.named_parameters() if f".{names[0]}." in n),
             "a ticket": args.rows * args.hidden,
+            "a ticket as LoRA": lora_rank(args.rows) * (args.vocabulary + args.hidden),
         },
     }
     print(
@@ -183,7 +211,7 @@ def main():
     for c in comparisons:
         print(f"\n{c['requests']} requests, {c['tickets']} tickets, time per request relative to the bank's:")
         for name, ratio in c["time_relative_to_bank"].items():
-            print(f"  {name:20s}{ratio:8.2f}")
+            print(f"  {name:30s}{ratio:8.2f}")
     print(
         "\nnumbers to keep for each: " + ", ".join(f"{k} {v:,}" for k, v in result["numbers_to_keep_for_each"].items())
     )
