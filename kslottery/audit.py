@@ -390,8 +390,9 @@ def count_matched(counts: Iterable[int], ids: Iterable[int], pool: Iterable[int]
 # %% ../nbs/16_audit.ipynb #b7f7a8c7
 def _obstacle(arm: Arm | ArmKind, ticket: Ticket, train: bool) -> str | None:
     reasons = {
-        "it says where rows may be read, and shared rows also score tokens, everywhere": arm.channel != "everywhere"
-        and ticket.mode == "shared",
+        f"it says where rows may be read, and {ticket.mode} rows also score tokens, everywhere": arm.channel
+        != "everywhere"
+        and ticket.mode != "input_only",
         "it reads Embed-Tuned rows, and the ticket has none": arm.rows == "embed" and ticket.embed_rows is None,
         "it is tuned as the ticket was, which takes the ticket's training data and a recorded recipe": arm.rows
         in ("tuned", "embed_tuned")

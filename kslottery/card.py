@@ -31,6 +31,12 @@ def _quoted(markdown: str) -> str:  # its blocks end with it, and no tag, link o
     return "".join(f"> {line}\n" for line in re.sub(r"(?<=\])(?=[(:\[])", "\\\\", inert).splitlines())
 
 # %% ../nbs/10_card.ipynb #9e9ce8fa
+_SIDES = {
+    "input_only": "input embedding",
+    "shared": "embedding, input and output,",
+    "head": "output embedding",
+    "both": "input and of the output embedding",
+}
 _OPENING = """---
 {{ header }}
 ---
@@ -41,8 +47,8 @@ _OPENING = """---
 This ticket has not been audited: whether its rows carry content or only a habit is not known (`kslottery audit`).
 {%- endif %}
 
-{{ k }} rows of the input embedding ({{ "{:,}".format(facts.V) }} rows of {{ facts.d }}), tuned and read instead of the
-{#- #} model's own. Everything else in the model is as it was. PEFT adapter:
+{{ k }} rows of the {{ sides[ticket.mode] }} ({{ "{:,}".format(facts.V) }} rows of {{ facts.d }}), tuned and read
+{#- #} instead of the model's own. Everything else in the model is as it was. PEFT adapter:
 {#- #} {{ ticket.peft_obstacle or "this folder is one" }}.
 
 {% if rows -%}
@@ -58,9 +64,17 @@ and {{ k - 25 }} more: see `ticket.json`.
 {% if k and ticket.rows is not none -%}
 ```python
 from kslottery import Ticket, load_model
-
+{% if facts.added_tokens -%}
+from kslottery.rows import add_tokens
+{% endif %}
 ticket = Ticket.load(".")  # this folder
 model, tokenizer = load_model({{ repr(named) }}, {{ repr(facts.revision) }})
+{% if facts.added_tokens -%}
+add_tokens(model, tokenizer, ticket.provenance.added_tokens)
+{% endif -%}
+{% if facts.end_token in facts.added_tokens -%}
+tokenizer.eos_token = ticket.provenance.end_token
+{% endif -%}
 ticket.check(model, tokenizer)
 with ticket.rows.applied(model):
     ...  # model.generate
@@ -135,6 +149,8 @@ def _making(ticket: Any, named: str) -> dict[str, Any]:  # what is None is not t
         "revision": facts.revision,
         "dtype": facts.dtype,
         "mode": ticket.mode,
+        "new tokens": " ".join(facts.added_tokens) or None,
+        "end of a text": facts.end_token if facts.end_token in facts.added_tokens else None,
         "criterion": how and how.criterion,
         "top k": how and (how.top_k or None),
         "alpha": how and (None if how.top_k else how.alpha),
@@ -177,5 +193,6 @@ def card(ticket: Any, figures: Sequence[str] = ()) -> str:
         rows=[{name: forms.get(name, str)(value) for name, value in row.items()} for row in best],
         making=_making(ticket, named),
         figures=figures,
+        sides=_SIDES,
         **{"code": _code, "safe": markdown_text, "quoted": _quoted, "quote": quote, "repr": repr},
     )

@@ -678,24 +678,27 @@ def merge(
     )
     must(source.model, f"{ticket} does not say which model it was made for: name it with --model")
     with whole_folder(out, is_own=lambda path: False) as work, quiet_transformers():
-        base, tokenizer = load_model(source.model, source.revision, dtype=source.dtype, device="cpu")
-        found.check(base, tokenizer)
+        base, tokenizer = found.base(device="cpu")
         before = base.num_parameters()  # tied matrices count once
         rows.write(base).save_pretrained(work)
         added = (base.num_parameters() - before) * base.dtype.itemsize / 1e6
-        # as it was: load_model may have named a padding token
-        load_tokenizer(source.model, source.revision).save_pretrained(work)
+        tokenizer.pad_token = load_tokenizer(source.model, source.revision).pad_token  # load_model may have named one
+        tokenizer.save_pretrained(work)
     record = {name: getattr(source, name) for name in ("model", "revision")}
     untied = (
         f"Input and output embeddings were tied and are two matrices now, {added:,.1f} MB more: the rows change the "
         "input only (rows of mode shared keep the tie)."
     )
     _say(
-        {"out": str(out), **record, "rows": len(rows), "mode": rows.mode, "added_megabytes": added},
+        {
+            **{"out": str(out), **record, "rows": len(rows), "mode": rows.mode, "added_megabytes": added},
+            "added_tokens": [*source.added_tokens],
+        },
         as_json,
         f"{source.model} with {len(rows)} row{'' if len(rows) == 1 else 's'} of {ticket} written in "
         f"({rows.mode}): {out}",
         *([untied] if added else []),
+        *([f"With the ticket's own new tokens: {', '.join(source.added_tokens)}"] if source.added_tokens else []),
     )
 
 # %% ../nbs/22_cli.ipynb #8d2f3b17

@@ -13,8 +13,8 @@ import numpy as np
 from .core import must, to_accelerator
 from .data import Example, Pair, Prompt, encode_all, token_counts
 from .ks import Scan, scan_rows
-from .rows import TunedRows
-from .ticket import Provenance, Selection, Ticket
+from .rows import _ADDED, TunedRows
+from .ticket import Provenance, Selection, Ticket, _check_end
 from .tuning import Recipe, active_ids, embed_tune, partial_tune
 
 # %% auto #0
@@ -34,7 +34,7 @@ def gradient_scan(model: Any, examples: list[Example], *, mode: str = "input_onl
     examples : list of Example
         As from `encode_all`; a few are enough.
     mode : str, default "input_only"
-        What a row is, see `TunedRows`: "shared" takes the gradient of input and output of a tied model together.
+        What a row is, see `TunedRows`: "shared" and "both" take the gradient of input and output together.
 
     Returns
     -------
@@ -70,12 +70,13 @@ def gradient_scan(model: Any, examples: list[Example], *, mode: str = "input_onl
     return Scan(statistic, None, d, "gradient")
 
 # %% ../nbs/15_lottery.ipynb #c8738763
-def _refuse(model, pairs, selection, recipe):
+def _refuse(model, tokenizer, pairs, selection, recipe):
     must(
         selection.top_k or selection.criterion in ("ks", "sign"),
         f"the criterion {selection.criterion!r} has no p-values to compare with alpha: say by top_k how many of the "
         "best to take",
     )
+    _check_end(tokenizer.eos_token, _ADDED.get(model, ()), recipe.mode)
     must(pairs, "there are no pairs: give at least one sentence and its translation to tune on")
     size = len(partial_tune(model, [], [], recipe).matrix(model))  # no rows: which asks whether the mode fits the model
     most = f"top_k is {selection.top_k} and the embedding has {size} rows: take at most that many"
@@ -127,7 +128,8 @@ def find_ticket(
         What ranks the rows: one of `kslottery.ks.CRITERIA`, or "gradient", see `gradient_scan`: then there is no Embed
         Tuning, and the first `GRADIENT_SENTENCES` sentences rank them. All but "ks" and "sign" need `top_k`.
     recipe : Recipe or None
-        Learning rates, epochs, batch size, seed, mode and progress of both trainings; by default the authors'.
+        Learning rates, epochs, batch size, seed, mode and progress of both trainings; by default the authors'. In mode
+        "head" rows of the output are scanned; in "both", rows of the input, and both rows of each id found are tuned.
     checkpoint : str, Path or None
         A folder for the state of both trainings. A run that was killed goes on from there.
 
@@ -147,7 +149,7 @@ def find_ticket(
     Yuan et al. 2025, section 3.
     """
     recipe, selection = recipe or Recipe(), Selection(criterion, alpha, top_k)
-    _refuse(model, pairs, selection, recipe)
+    _refuse(model, tokenizer, pairs, selection, recipe)
     examples, gradient = encode_all(tokenizer, prompt, pairs), criterion == "gradient"
     embed_state, partial_state = (
         checkpoint and Path(checkpoint) / f"{step}.safetensors" for step in ("embed", "partial")

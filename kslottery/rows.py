@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import fingerprint, must, one_of
+from .core import fingerprint, must, one_of, quiet_transformers
 from .data import Role
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MODES', 'whole_weight', 'input_embedding', 'is_tied', 'weights_fingerprint', 'read_rows', 'EmbeddingView',
-           'sample_ids', 'TunedRows']
+           'sample_ids', 'TunedRows', 'add_tokens']
 
 # %% ../nbs/04_rows.ipynb #945ebfb1
 def whole_weight(layer: Any) -> torch.Tensor:
@@ -760,3 +761,76 @@ class TunedRows(_Rows):
         apart = delta.unflatten(1, (-1, self.d)), random.unflatten(1, (-1, self.d))  # (k, sides, d)
         length = apart[0].norm(dim=2, keepdim=True) / apart[1].norm(dim=2, keepdim=True)
         return TunedRows(self.ids, self.weight.detach() - delta + (apart[1] * length).flatten(1), self.mode)
+
+# %% ../nbs/04_rows.ipynb #766c332c
+_ADDED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> the tokens that it was given, in order
+
+
+def _mean_row(tensor, ids):
+    # The mean of some rows of a matrix, or numbers of a vector, in its dtype.
+    total = sum(tensor.detach()[ids[i : i + 1024]].double().cpu().numpy().sum(0) for i in range(0, len(ids), 1024))
+    return torch.as_tensor(total / len(ids)).to(tensor)
+
+
+def _new_ids(tokenizer, tokens, known):
+    # The ids that new tokens will have; found on a copy, for a tokenizer with gaps gives ids out twice.
+    must(
+        tokens and all(isinstance(t, str) and t for t in tokens) and len({*tokens}) == len(tokens),
+        f"tokens are {tokens!r:.60}: give a list of distinct texts",
+    )
+    for token in tokens:
+        must(
+            token not in known, f"token {token!r} is in the vocabulary already, as id {known.get(token)}: tune its row"
+        )
+    trial = copy.deepcopy(tokenizer)
+    trial.add_tokens(tokens, special_tokens=True)
+    ids = trial.convert_tokens_to_ids(tokens)
+    must(
+        not {*ids} & {*known.values()},
+        "the tokenizer's ids have gaps, and it would give an id out that is taken: tune a token that it has",
+    )
+    return ids
+
+
+def add_tokens(model: PreTrainedModel, tokenizer: Any, tokens: Iterable[str]) -> list[int]:
+    """Give a model and its tokenizer new tokens, in place; their rows are the mean row of the vocabulary.
+
+    Spare rows of the embedding are used; if there are too few, it is resized, and the output, too. The tokens are
+    special: they are never split, and decoding may leave them out. A ticket of their rows brings them along
+    (`Ticket.base`). That a model can *emit* one takes a row of the output: tune them in mode "both", or "shared" if the
+    model ties its embeddings. To end texts with one, set `tokenizer.eos_token`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    tokenizer : PreTrainedTokenizerBase
+        Its tokenizer.
+    tokens : iterable of str
+        Distinct texts that are not in the vocabulary.
+
+    Returns
+    -------
+    list of int
+        Their ids.
+
+    Raises
+    ------
+    ValueError
+        If a token is in the vocabulary already or is no text, or the output of an untied model is not linear.
+    """
+    known, before = tokenizer.get_vocab(), _ADDED.get(model, ())
+    tokens = [tokens] if isinstance(tokens, str) else [*tokens]
+    ids, mode = _new_ids(tokenizer, tokens, known), "input_only" if is_tied(model) else "both"
+    sizes = [len(table.weight) for table in _tables(model, mode)]
+    old = sorted(i for token, i in known.items() if i < min(sizes) and token not in before)
+    if min(sizes) <= max(ids):
+        with quiet_transformers():
+            model.resize_token_embeddings(max(*sizes, max(ids) + 1), mean_resizing=False)
+    for table in _tables(model, mode):
+        for tensor in (table.weight, getattr(table, "bias", None)):
+            if tensor is not None:
+                tensor.detach()[ids] = _mean_row(tensor, old)
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    _ADDED[model] = (*before, *tokens)
+    return ids

@@ -49,7 +49,7 @@ from kslottery.core import (
 from .data import Example, Prompt, token_counts, token_text
 from .evaluation import Generation
 from .ks import CRITERIA, Scan, critical_value
-from .rows import MODES, TunedRows, _token_ids, input_embedding, is_tied, read_rows
+from .rows import _ADDED, MODES, TunedRows, _token_ids, add_tokens, input_embedding, is_tied, read_rows
 from .tuning import Recipe
 
 # %% auto #0
@@ -111,11 +111,6 @@ def _hub_id(name: str) -> str | None:  # if the Hub would take it for an id and 
         validate_repo_id(name)
         return None if Path(name).expanduser().exists() else name
     return None
-
-
-def _modules(model: Any) -> list[str]:  # the input embedding and, if it is tied, the output
-    places = [input_embedding(model), *([model.get_output_embeddings()] if is_tied(model) else [])]
-    return [name for place in places for name, module in model.named_modules() if module is place]
 
 # %% ../nbs/12_ticket.ipynb #b395c846
 def _demand(*claims: tuple[Any, str]) -> None:
@@ -189,6 +184,43 @@ def _read(name: str, value: Any) -> Any:  # one fact out of JSON: a tuple of a l
                 check_field_types(one)
     return tuple(made) if isinstance(made, list) else made
 
+# %% ../nbs/12_ticket.ipynb #61a6ffc5
+def _check_facts(facts: Any) -> None:
+    prints, dtype, origins = facts.fingerprints, getattr(torch, facts.dtype, None), (facts.train, facts.test)
+    _demand(
+        (
+            all(
+                re.fullmatch(_HASH, str(one)) for one in (prints.get("embedding"), prints.get("tokenizer") or "0" * 64)
+            ),
+            f"fingerprints are {prints!r:.60}: they must hold the SHA-256 of the embedding",
+        ),
+        (
+            0 < min(facts.V, facts.d) <= max(facts.V, facts.d) < 2**31,
+            f"the embedding is {facts.V:.3g} x {facts.d:.3g}: a ticket needs one of 1 x 1 or more",
+        ),
+        (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point,
+            f"dtype is {facts.dtype!r:.60}: give a floating dtype of torch, for example float32",
+        ),
+        (
+            all(facts.added_tokens) and len({*facts.added_tokens}) == len(facts.added_tokens),
+            f"added tokens are {facts.added_tokens!r:.60}: they must be distinct texts",
+        ),
+        (min(facts.counts or [0]) >= 0, f"counts are {facts.counts!r:.60}: they must be numbers of at least 0"),
+        (
+            0 <= (facts.changed or 0) <= facts.V,
+            f"changed is {facts.changed!r:.20}: it must be a number of the {facts.V} rows",
+        ),
+        (
+            all(
+                isinstance(origin.get(name), kind)
+                for origin in (one for one in origins if one is not None)
+                for name, kind in (("data", str), ("languages", str | None), ("limit", int | None))
+            ),
+            f"train and test are {origins!r:.60}: they must name data, languages and limit",
+        ),
+    )
+
 # %% ../nbs/12_ticket.ipynb #fb04c53f
 @dataclass(frozen=True)
 class _Facts:
@@ -204,6 +236,8 @@ class _Facts:
     tied_embeddings: bool = False
     embedding_module: str = ""
     output_module: str | None = None
+    added_tokens: tuple[str, ...] = ()
+    end_token: str | None = None
     counts: tuple[int, ...] | None = None
     selection: Selection | None = None
     prompt: Prompt | None = None
@@ -220,37 +254,7 @@ class _Facts:
         check_field_types(self)
         if self.base_model == "":
             object.__setattr__(self, "base_model", _hub_id(self.model))
-        prints, dtype, origins = self.fingerprints, getattr(torch, self.dtype, None), (self.train, self.test)
-        _demand(
-            (
-                all(
-                    re.fullmatch(_HASH, str(one))
-                    for one in (prints.get("embedding"), prints.get("tokenizer") or "0" * 64)
-                ),
-                f"fingerprints are {prints!r:.60}: they must hold the SHA-256 of the embedding",
-            ),
-            (
-                0 < min(self.V, self.d) <= max(self.V, self.d) < 2**31,
-                f"the embedding is {self.V:.3g} x {self.d:.3g}: a ticket needs one of 1 x 1 or more",
-            ),
-            (
-                isinstance(dtype, torch.dtype) and dtype.is_floating_point,
-                f"dtype is {self.dtype!r:.60}: give a floating dtype of torch, for example float32",
-            ),
-            (min(self.counts or [0]) >= 0, f"counts are {self.counts!r:.60}: they must be numbers of at least 0"),
-            (
-                0 <= (self.changed or 0) <= self.V,
-                f"changed is {self.changed!r:.20}: it must be a number of the {self.V} rows",
-            ),
-            (
-                all(
-                    isinstance(origin.get(name), kind)
-                    for origin in (one for one in origins if one is not None)
-                    for name, kind in (("data", str), ("languages", str | None), ("limit", int | None))
-                ),
-                f"train and test are {origins!r:.60}: they must name data, languages and limit",
-            ),
-        )
+        _check_facts(self)
 
 # %% ../nbs/12_ticket.ipynb #7e6ea17f
 def _as_json(value: Any) -> Any:  # of a fact
@@ -283,7 +287,13 @@ class Provenance(_Facts):
     tied_embeddings : bool
         Whether the model ties input and output embeddings.
     embedding_module, output_module : str
-        The modules that hold the rows; output_module is None unless it is tied.
+        The modules that hold the rows; output_module is None unless the output reads some: it is tied, or their mode is
+        "head" or "both".
+    added_tokens : tuple of str
+        The tokens that the recorded model and its tokenizer were given first (`kslottery.rows.add_tokens`); the shape
+        and the fingerprints are those with them.
+    end_token : str or None
+        The token that ended each text in tuning.
     counts : tuple of int or None
         How often each id occurs in the tuning data.
     selection : Selection or None
@@ -361,7 +371,7 @@ class Provenance(_Facts):
         prompt : Prompt or None
             The prompt they were tuned with.
         recipe : Recipe or None
-            How they were tuned.
+            How they were tuned; its mode says whether the output reads rows, too.
         pairs : sequence of Pair or None
             The tuning data; where they were loaded from is noted if they know it (`kslottery.data.Pairs`).
         examples : list of Example or None
@@ -372,7 +382,7 @@ class Provenance(_Facts):
         Provenance
             All that is known.
         """
-        (name, revision), modules, matrix = source_of(model), _modules(model), input_embedding(model).weight
+        (name, revision), modules, matrix = source_of(model), module_names(model), input_embedding(model).weight
         ids = [int(i) for i in ids]
         return cls(
             model=name,
@@ -385,7 +395,9 @@ class Provenance(_Facts):
             counts=None if examples is None else tuple(token_counts(examples, len(matrix))[ids].tolist()),
             tied_embeddings=is_tied(model),
             embedding_module=modules[0],
-            output_module=modules[1] if len(modules) > 1 else None,
+            output_module=modules[1] if is_tied(model) or (recipe or Recipe()).mode != "input_only" else None,
+            added_tokens=_ADDED.get(model, ()),
+            end_token=getattr(tokenizer, "eos_token", None),
             selection=selection,
             prompt=prompt,
             recipe=recipe,
@@ -401,6 +413,32 @@ def _check_scan(scan: Scan, d: int) -> None:
             f"the scan says d, criterion and alpha are {shown!r:.60}: it must be one of rows of {d} numbers",
         ),
         (not ((p < 0) | (p > 1)).any(), "a p-value of the scan lies outside [0, 1]: scan again"),
+    )
+
+
+def _check_sides(mode: str, facts: Provenance) -> None:
+    _demand(
+        (
+            mode != "shared" or facts.tied_embeddings,
+            "rows are shared by input and output of a model that does not tie the two: whose are they?",
+        ),
+        (
+            mode not in ("head", "both") or not facts.tied_embeddings,
+            f"rows of mode {mode} are for a model that does not tie input and output: whose are they?",
+        ),
+        (
+            mode not in ("head", "both") or facts.output_module,
+            f"rows of mode {mode} are read by an output that the provenance does not name: "
+            "make it with a recipe of that mode",
+        ),
+    )
+
+
+def _check_end(end: str | None, added: Sequence[str], mode: str) -> None:  # that a model can learn to say it
+    must(
+        mode != "input_only" or end not in added,
+        f"the new token {end!r} ends texts, and rows of the input alone never make a model say it: "
+        "tune in mode both (shared, if the model ties its embeddings)",
     )
 
 
@@ -429,7 +467,7 @@ class _Parts:
         ids, facts, rows, scan = self.ids, self.provenance, self.rows, self.scan
         k, V, d = len(ids), facts.V, facts.d
         sizes = {len(facts.tokens), k if facts.counts is None else len(facts.counts)}
-        tuned = [(r.weight.shape[1], r.ids[-1:].tolist()) for r in (rows, self.embed_rows) if r is not None]
+        tuned = [(r.d, r.ids[-1:].tolist()) for r in (rows, self.embed_rows) if r is not None]
         shapes = [] if scan is None else [np.shape(x) for x in (scan.statistic, scan.pvalue) if x is not None]
         _demand(
             (
@@ -445,23 +483,22 @@ class _Parts:
                 all(w == d and last < [V] for w, last in tuned),
                 f"rows do not fit an embedding of {V} x {d}: whose are they?",
             ),
-            (
-                self.mode == "input_only" or facts.tied_embeddings,
-                "rows are shared by input and output of a model that does not tie the two: whose are they?",
-            ),
             (set(shapes) <= {(V,)}, f"the scan is of shape {shapes}: there must be a statistic for each of {V} rows"),
             (
                 all(re.fullmatch(f"~?{_HASH}", h) for h in self.sentences),
                 "a sentence is no hash: give `Pair.hash` and `Pair.loose` of each",
             ),
         )
+        _check_sides(self.mode, facts)
+        if rows is not None:
+            _check_end(facts.end_token, facts.added_tokens, self.mode)
         _check_audit(self.audit)
         if scan is not None:
             _check_scan(scan, d)
 
     @property
     def mode(self) -> str:
-        "How the rows are read: 'input_only' or 'shared'."
+        "How the rows are read, see `TunedRows`."
         return next((r.mode for r in (self.rows, self.embed_rows) if r is not None), "input_only")
 
 # %% ../nbs/12_ticket.ipynb #6eb841fb
@@ -643,6 +680,16 @@ def _read_texts(folder: Path) -> tuple[tuple[np.ndarray, Provenance, list, dict 
     return (ids, facts, certificates, audit), record
 
 # %% ../nbs/12_ticket.ipynb #b0a1c3d8
+def _prepare(facts: Provenance, model: Any, tokenizer: Any) -> None:  # a plain pair, as it was when rows were tuned
+    if facts.added_tokens:
+        add_tokens(model, tokenizer, facts.added_tokens)
+    if (end := facts.end_token) not in (None, tokenizer.eos_token):
+        must(end in tokenizer.get_vocab(), f"the ticket ends texts with {end!r:.40}, which its tokenizer does not have")
+        tokenizer.eos_token, known = end, model.generation_config.eos_token_id
+        ends = [tokenizer.eos_token_id, *([] if known is None else np.atleast_1d(known).tolist())]
+        model.generation_config.eos_token_id = [*dict.fromkeys(ends)]
+
+
 class _Bound(_Told):
     def check(self, model: Any, tokenizer: Any, prints: dict[str, str] | None = None) -> None:
         """Refuse another model than the one that the ticket was made for.
@@ -659,8 +706,14 @@ class _Bound(_Told):
         Raises
         ------
         ValueError
-            If embedding or tokenizer differ.
+            If embedding or tokenizer differ, or lack the tokens that the ticket brings along.
         """
+        added = [*self.provenance.added_tokens]
+        must(
+            not added or {*added} <= tokenizer.get_vocab().keys(),
+            f"this ticket brings new tokens along ({added!s:.60}) and the tokenizer lacks some: take both from "
+            "Ticket.base(), or give them the tokens (kslottery.rows.add_tokens)",
+        )
         for name, mine in (prints or model_fingerprints(model, tokenizer)).items():
             made_for = self.provenance.fingerprints.get(name)
             must(
@@ -690,8 +743,8 @@ class _Bound(_Told):
             f"{strange}: give the ticket's own tuning data, all of it",
         )
 
-    def base(self, model: Any = None, tokenizer: Any = None) -> tuple[Any, Any]:
-        """The model of the ticket: the one that is given, or else the recorded one, loaded.
+    def base(self, model: Any = None, tokenizer: Any = None, device: str = "auto") -> tuple[Any, Any]:
+        """The model of the ticket: the one that is given, or else the recorded one, loaded, with the ticket's tokens.
 
         Parameters
         ----------
@@ -699,6 +752,8 @@ class _Bound(_Told):
             The plain base, if it is at hand.
         tokenizer : PreTrainedTokenizerBase or None
             Its tokenizer.
+        device : str, default "auto"
+            Where it is loaded, see `load_model`.
 
         Returns
         -------
@@ -724,7 +779,8 @@ class _Bound(_Told):
             ),
         )
         if model is None:
-            model, tokenizer = load_model(facts.model, facts.revision, facts.dtype)
+            model, tokenizer = load_model(facts.model, facts.revision, facts.dtype, device)
+            _prepare(facts, model, tokenizer)
         self.check(model, tokenizer)
         return model, tokenizer
 

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -15,13 +16,14 @@ from transformers import (
     GPT2LMHeadModel,
     M2M100Config,
     M2M100ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from conftest import ARCHITECTURES, TIED, talker, tiny_model
 from kslottery.data import Example, Role, collate
-from kslottery.rows import MODES, TunedRows, input_embedding, is_tied, sample_ids
+from kslottery.rows import MODES, TunedRows, add_tokens, input_embedding, is_tied, sample_ids
 
 X = torch.tensor([[1, 7, 9, 7, 5], [3, 9, 9, 3, 7]])
 GREEDY = dict(attention_mask=torch.ones_like(X), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=63)
@@ -665,6 +667,82 @@ def test_a_mode_that_the_model_has_no_place_for():
         with pytest.raises(ValueError, match=words):
             call()
     assert not untied.get_input_embeddings()._forward_hooks
+
+
+# New tokens
+
+NEW = ["<|im_end|>", "<|im_start|>"]
+
+
+def vocabulary(n=60):
+    "A tokenizer of n tokens, fewer than the rows of a tiny model."
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(n)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [60, 63, 64])
+def test_new_tokens_begin_at_the_mean_row(model, n, dtype):
+    "Of the vocabulary, spare rows left out: in spare rows, in one and a new one, in two new ones; the rest stays."
+    model, words = model.to(dtype), vocabulary(n)
+    before, tied = state(model), is_tied(model)
+    with torch.no_grad():
+        plain = model(X).logits[..., :n]
+        assert add_tokens(model, words, NEW) == [n, n + 1]
+        assert torch.equal(model(X).logits[..., :n], plain)
+    size = max(64, n + 2)
+    assert model.config.vocab_size == size and is_tied(model) == tied
+    tables, kept = (model.get_input_embeddings(), model.get_output_embeddings()), [*range(n), *range(n + 2, 64)]
+    grown = [name for name, module in model.named_modules() if module in tables]
+    for name, value in state(model).items():
+        rows = name.rsplit(".", 1)[0] in grown
+        assert (
+            torch.equal(value[kept], before[name][kept]) and len(value) == size
+            if rows
+            else torch.equal(value, before[name])
+        )
+    for table in tables:
+        mean = table.weight[:n].double().mean(0)
+        assert torch.equal(table.weight[n], table.weight[n + 1])
+        torch.testing.assert_close(
+            table.weight[n].double(), mean, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-9
+        )
+    assert (
+        words("t5 <|im_end|> t7")["input_ids"] == [5, n, 7] and words.decode([5, n], skip_special_tokens=True) == "t5"
+    )
+
+
+def test_new_tokens_are_the_same_at_once_one_by_one_and_in_another_process():
+    "And with rows that were tuned between: so that a ticket finds its base again."
+    pairs = [(biased(), vocabulary()) for _ in range(2)]
+    add_tokens(*pairs[0], NEW + ["<a>", "<b>", "<c>"])
+    add_tokens(*pairs[1], NEW[:1])
+    add_tokens(*pairs[1], [*NEW[1:], "<a>", "<b>", "<c>"])
+    (one, words), (two, others) = pairs
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    assert words.backend_tokenizer.to_str() == others.backend_tokenizer.to_str() and len(one.lm_head.bias) == 65
+    assert torch.allclose(one.lm_head.bias[60:], one.lm_head.bias[:60].mean())
+
+
+def test_tokens_that_cannot_be_new():
+    gaps = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 3}, unk_token="a")))
+    model = tiny_model("llama")
+    odd = tiny_model("llama")
+    odd.lm_head = torch.nn.Sequential(odd.lm_head)
+    odd.get_output_embeddings = lambda: odd.lm_head
+    for who, words, tokens, said in (
+        (model, vocabulary(), ["t5"], "'t5' is in the vocabulary already, as id 5: tune its row"),
+        (model, vocabulary(), ["<a>", "<a>"], "give a list of distinct texts"),
+        (model, vocabulary(), [], "give a list of distinct texts"),
+        (model, vocabulary(), ["<a>", 3], "give a list of distinct texts"),
+        (model, gaps, ["<a>", "<b>", "<c>"], "gaps, and it would give an id out that is taken"),
+        (odd, vocabulary(), ["<a>"], "linear output"),
+    ):
+        size, before = len(words), state(who)
+        with pytest.raises(ValueError, match=said):
+            add_tokens(who, words, tokens)
+        assert len(words) == size and all(torch.equal(before[k], v) for k, v in state(who).items())
 
 
 def test_sample_ids():

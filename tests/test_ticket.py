@@ -19,18 +19,20 @@ import torch
 from markdown_it import MarkdownIt
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import forks
-from conftest import ARCHITECTURES, ROOT, TIED, tiny_model
+from conftest import ARCHITECTURES, ROOT, TIED, invoke, talker, tiny_model
 from kslottery.certificate import certify_agreement
-from kslottery.data import Pair, Pairs, Prompt
+from kslottery.core import load_model
+from kslottery.data import Pair, Pairs, Prompt, encode_all
 from kslottery.evaluation import Generation
 from kslottery.ks import critical_value, ks_scan
-from kslottery.rows import TunedRows
+from kslottery.lottery import find_ticket
+from kslottery.rows import TunedRows, add_tokens
 from kslottery.ticket import Provenance, Selection, Ticket
-from kslottery.tuning import Recipe
+from kslottery.tuning import Recipe, partial_tune
 
 X = torch.tensor([[1, 9, 4, 9, 5], [4, 9, 3, 3, 7]])
 GREEDY = dict(attention_mask=torch.ones_like(X), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=63)
@@ -47,8 +49,9 @@ def bare(model, ids, rows=None, **facts):
 
 
 def ticket_for(model, ids=(9, 4), mode="input_only", name="tiny"):
-    embed = TunedRows(range(3, 12), torch.randn(9, 16, generator=torch.Generator().manual_seed(0)), mode)
-    scan = ks_scan(model.get_input_embeddings().weight, embed.matrix(model))
+    width = 16 * (1 + (mode == "both"))
+    embed = TunedRows(range(3, 12), torch.randn(9, width, generator=torch.Generator().manual_seed(0)), mode)
+    scan = ks_scan(embed.matrix(model).base, embed.matrix(model))
     recipe, prompt = Recipe(lr_embed=1e-3, mode=mode), Prompt("explicit", "en-ca")
     facts = Provenance.of(model, TOKENIZER, ids, selection=Selection(), prompt=prompt, recipe=recipe)
     hashes = tuple(one for pair in PAIRS for one in (pair.hash, pair.loose))
@@ -60,7 +63,9 @@ def merged(rows, model):
 
 
 @pytest.mark.parametrize(
-    "kind, mode", [*((kind, "input_only") for kind in ARCHITECTURES), *((kind, "shared") for kind in TIED)]
+    "kind, mode",
+    [*((kind, "input_only") for kind in ARCHITECTURES), *((kind, "shared") for kind in TIED)]
+    + [("llama", "head"), ("qwen2", "both")],
 )
 def test_there_and_back(kind, mode, tmp_path):
     model = tiny_model(kind)
@@ -281,6 +286,12 @@ def test_ids_that_are_not_those_of_the_rows(tmp_path):
         ({"dtype": "pickle"}, "dtype is 'pickle': give a floating dtype"),
         ({"dtype": "Tensor"}, "dtype is 'Tensor'"),
         ({"mode": "shared"}, "does not tie the two"),
+        ({"mode": "head"}, "read by an output that the provenance does not name"),
+        ({"mode": "both", "output_module": "lm_head"}, "do not fit an embedding of 64 x 16"),
+        ({"mode": "head", "tied_embeddings": True}, "does not tie input and output"),
+        ({"added_tokens": ["<a>", "<a>"]}, "distinct texts"),
+        ({"added_tokens": [""]}, "distinct texts"),
+        ({"added_tokens": ["<a>"], "end_token": "<a>"}, "'<a>' ends texts, and rows of the input alone never"),
         ({"V": 2**70}, "1 x 1 or more"),
         ({"schema_version": True}, "ticket schema True"),
         ({"fingerprints": {"embedding": "0" * 64, "tokenizer": 5}}, "fingerprints is"),
@@ -767,3 +778,89 @@ def test_a_full_disk_leaves_the_old_ticket(tmp_path):
     assert process.wait(timeout=60) != 0
     assert Ticket.load(tmp_path / "t").ids.tolist() == [9, 4]
     assert os.listdir(tmp_path) == ["t"]
+
+
+# Rows of the output, new tokens
+
+
+@pytest.mark.parametrize("mode", ["head", "both"])
+def test_a_ticket_of_the_output(mode, tmp_path):
+    "It names the output's module, and its card its rows; a file of the schema without the new facts loads, too."
+    model = talker("llama")
+    ticket_for(model, mode=mode).save(tmp_path / "t")
+    again = Ticket.load(tmp_path / "t")
+    facts = again.provenance
+    assert (facts.embedding_module, facts.output_module) == ("model.embed_tokens", "lm_head") and not facts.added_tokens
+    assert f"| mode | `{mode}` |" in again.card() and "output embedding (64 rows of 16)" in again.card()
+    with again.rows.applied(model):
+        text = model.generate(X, **GREEDY)
+    assert torch.equal(text, merged(again.rows, model).generate(X, **GREEDY))
+    assert not torch.equal(text, model.generate(X, **GREEDY))
+    path = tmp_path / "t" / "ticket.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in record.items() if k not in ("added_tokens", "end_token")}))
+    assert Ticket.load(tmp_path / "t").provenance == replace(facts, end_token=None)
+    bare(model, [9, 4], again.rows, recipe=Recipe(mode=mode))
+    with pytest.raises(ValueError, match="does not name: make it with a recipe of that mode"):
+        bare(model, [9, 4], again.rows)
+
+
+def words_only(n=62):
+    "A tokenizer of n words: a tiny model has 64 rows."
+    known = Tokenizer(models.WordLevel({f"t{i}": i for i in range(n)}, unk_token="t0"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=known, eos_token="t2")
+
+
+@pytest.mark.parametrize("n", [62, 64])
+@pytest.mark.parametrize("kind, dtype", [("llama", "float32"), ("mistral", "bfloat16"), ("gpt2", "bfloat16")])
+def test_a_ticket_brings_its_tokens_along(kind, dtype, n, tmp_path):
+    """A new end token, in a spare row or a resized matrix: tuned, saved, its base found again, merged, loaded plainly.
+
+    The plain model is refused in a sentence, and so is a ticket whose new end nobody could ever say.
+    """
+    plain, mode = talker(kind).to(getattr(torch, dtype)), "shared" if kind == "gpt2" else "both"
+    plain.save_pretrained(tmp_path / "base")
+    words_only(n).save_pretrained(tmp_path / "base")
+    model, tokenizer = load_model(tmp_path / "base", device="cpu")
+    end, other = add_tokens(model, tokenizer, ["<|im_end|>", "<|im_start|>"])
+    tokenizer.eos_token = "<|im_end|>"
+    pairs, prompt = (
+        [Pair(f"x:{i}", f"t{5 + i} t9", "t4 t7") for i in range(4)],
+        Prompt("<|im_start|> {source} {target}"),
+    )
+    examples = encode_all(tokenizer, prompt, pairs)
+    assert all(e.ids[-1] == end and other in e.ids for e in examples)
+    recipe = Recipe(lr_partial=0.5, epochs_partial=9, mode=mode, progress=False)
+    rows = partial_tune(model, [end, other], examples, recipe)
+    ticket = Ticket([end, other], Provenance.of(model, tokenizer, [end, other], recipe=recipe, prompt=prompt), rows)
+    ticket.save(tmp_path / "t")
+    again = Ticket.load(tmp_path / "t")
+    facts = again.provenance
+    assert facts.added_tokens == facts.tokens == ("<|im_end|>", "<|im_start|>") and facts.end_token == "<|im_end|>"
+    assert facts.V == max(64, n + 2) and "new tokens" in again.peft_obstacle and "add_tokens(model" in again.card()
+    with pytest.raises(ValueError, match="brings new tokens along.*<|im_end|>.*Ticket.base"):
+        again.check(plain, words_only(n))
+
+    base, own = again.base()
+    again.check(base, own)
+    assert own.eos_token_id == end and end in base.generation_config.eos_token_id
+    assert all(torch.equal(a, b) for a, b in zip(base.state_dict().values(), model.state_dict().values()))
+    status, said, error = invoke("merge", tmp_path / "t", "--out", tmp_path / "m")
+    assert status == 0 and "<|im_start|>" in said, error
+    whole, reader = load_model(tmp_path / "m", device="cpu")
+    assert reader.eos_token_id == end and reader("t5 <|im_end|>")["input_ids"] == [5, end]
+    assert end in whole.generation_config.eos_token_id and whole.config.vocab_size == facts.V
+    asked, how = ["<|im_start|> t5 t9"], dict(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    with again.rows.applied(base), torch.no_grad():
+        prompts = own(asked, return_tensors="pt")
+        read, text = base(**prompts).logits, base.generate(**prompts, **how)
+    torch.testing.assert_close(whole(**reader(asked, return_tensors="pt")).logits, read)
+    assert torch.equal(whole.generate(**prompts, **how), text)
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {p.name for p in (tmp_path / "base").iterdir()}
+
+    with pytest.raises(ValueError, match="rows of the input alone never make a model say it"):
+        facts = Provenance.of(model, tokenizer, [end])
+        Ticket([end], facts, TunedRows.of(model, [end]))
+    with pytest.raises(ValueError, match="never make a model say it"):
+        find_ticket(model, tokenizer, pairs, prompt)
