@@ -526,7 +526,8 @@ def null_overlap(model: Any, ticket: Ticket, draws: int = 5, seed: int = 0) -> I
     rows, k = ticket.embed_rows, len(ticket.ids)
     if rows is None or not k:
         return None
-    before, after = (r.weight.detach().cpu() for r in (TunedRows.of(model, rows.ids), rows))
+    own = TunedRows.of(model, rows.ids, rows.mode)
+    before, after = (r.weight.detach().cpu()[:, : rows.d] for r in (own, rows))  # of the side that is scanned
     shares = [
         float(np.isin(ticket.ids, rows.ids.numpy()[null.top(min(k, len(rows)))]).mean())
         for null in (equal_move_null(before, after, seed + n) for n in range(draws))

@@ -15,8 +15,8 @@ import torch
 import forks
 from conftest import ROOT, TIED, TOY, tiny_model
 from kslottery import lottery
-from kslottery.audit import AuditSettings, audit_ticket
-from kslottery.calibration import certify_ticket
+from kslottery.audit import ARMS, AuditSettings, _obstacle, audit_ticket
+from kslottery.calibration import CertifySettings, certify_ticket
 from kslottery.data import Example, Pair, Prompt, collate, encode_all
 from kslottery.decomposition import Bootstrap
 from kslottery.evaluation import Generation, translate
@@ -82,7 +82,8 @@ def dense_gradient(model, examples, mode):
         head.weight = torch.nn.Parameter(weight.detach().clone())
     batch = collate(examples, TOY.pad_token_id)
     model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
-    return weight.grad.norm(dim=1).double().numpy()
+    grads = {"head": [head.weight.grad], "both": [weight.grad, head.weight.grad]}.get(mode, [weight.grad])
+    return torch.cat(grads, 1).norm(dim=1).double().numpy()
 
 
 def test_the_gradient_is_that_of_plain_autograd(model):
@@ -91,13 +92,13 @@ def test_the_gradient_is_that_of_plain_autograd(model):
     examples = encode_all(TOY, PROMPT, pairs)
     assert len({len(e.ids) for e in examples}) > 1  # so that a batch of them is padded
     active = active_ids(examples)
-    for mode in ("input_only", "shared") if is_tied(model) else ("input_only",):
+    for mode in ("input_only", "shared") if is_tied(model) else ("input_only", "head", "both"):
         scan, dense = gradient_scan(model, examples, mode=mode), dense_gradient(model, examples, mode)
         assert np.allclose(scan.statistic[active], dense[active], rtol=1e-4, atol=1e-9)
         assert np.flatnonzero(scan.statistic).tolist() == [i for i in active if dense[i] > 0]
         assert scan.statistic[TOY.pad_token_id] == 0 and (scan.pvalue, scan.criterion) == (None, "gradient")
         end = scan.statistic[TOY.eos_token_id]  # what is read last has nothing to predict, but is predicted
-        assert end == 0 if mode == "input_only" else end > 0
+        assert end == 0 if mode == "input_only" else end > 0  # by its output row
 
 
 def test_the_gradient_by_hand():
@@ -187,6 +188,32 @@ def test_tied_models_may_share(kind):
     ticket = find(tiny_model(kind), recipe=Recipe.from_dict(RECIPE.as_dict() | {"mode": "shared"}))
     assert ticket.mode == ticket.rows.mode == ticket.embed_rows.mode == "shared" and ticket.peft_obstacle is None
     assert find(tiny_model(kind)).mode == "input_only"
+
+
+@pytest.mark.parametrize("mode", ["head", "both"])
+def test_untied_models_have_rows_of_the_output(mode, tmp_path):
+    "Found on the side that is scanned; audited and certified like any other, but for the gates."
+    model, recipe = tiny_model("llama"), Recipe.from_dict(RECIPE.as_dict() | {"mode": mode})
+    ticket = find(model, recipe=recipe)
+    side = (model.get_output_embeddings() if mode == "head" else model.get_input_embeddings()).weight
+    assert ticket.ids.tolist() == ks_scan(side, ticket.embed_rows.matrix(model)).select(0.9).tolist()
+    assert len(ticket.ids) and {ticket.mode, ticket.rows.mode, ticket.embed_rows.mode} == {mode}
+    assert torch.equal(
+        ticket.rows.weight, partial_tune(model, ticket.ids, encode_all(TOY, PROMPT, PAIRS), recipe).weight
+    )
+    ticket.save(tmp_path / "t")
+    again = Ticket.load(tmp_path / "t")
+    fresh = [Pair(f"y:{n}", f"t{30 + n % 9} t{50 + n // 9}", "t40 t41") for n in range(63)]
+    how = AuditSettings(fast=True, bootstrap=Bootstrap(20), generation=Generation(4), progress=False)
+    audit = audit_ticket(again, fresh[:8], train=PAIRS, model=model, tokenizer=TOY, settings=how)
+    assert {arm.channel for arm in audit.arms} == {"everywhere"}
+    gated = [kind for kind in ARMS.values() if kind.channel != "everywhere"]
+    assert gated and all(f"{mode} rows also score" in _obstacle(kind, again, True) for kind in gated)
+    settings = CertifySettings(ladder="none", generation=Generation(4), progress=False)
+    made = certify_ticket(again, fresh, epsilon=0.5, model=model, tokenizer=TOY, settings=settings)
+    assert [c.kind for c in made] == ["agreement"]
+    with pytest.raises(ValueError, match="ties the two: use mode shared"):
+        find(tiny_model("gpt2"), recipe=recipe)
 
 
 def test_an_empty_ticket_is_a_value(tmp_path):
