@@ -711,8 +711,8 @@ class _Bound(_Told):
         added = [*self.provenance.added_tokens]
         must(
             not added or {*added} <= tokenizer.get_vocab().keys(),
-            f"this ticket brings new tokens along ({', '.join(added)[:60]}), and the tokenizer lacks some: take model and "
-            "tokenizer from Ticket.base(), or give them the tokens (kslottery.rows.add_tokens)",
+            f"this ticket brings new tokens along ({', '.join(added)[:60]}), and the tokenizer lacks some: take both "
+            "model and tokenizer from Ticket.base(), or give them the tokens (kslottery.rows.add_tokens)",
         )
         for name, mine in (prints or model_fingerprints(model, tokenizer)).items():
             made_for = self.provenance.fingerprints.get(name)
