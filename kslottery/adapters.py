@@ -48,7 +48,7 @@ def obstacle(facts: Any, rows: TunedRows | None, mode: str, form: str, untied: b
     str or None
         None if it can.
     """
-    tied, new = facts.tied_embeddings, getattr(facts, "added_tokens", ())
+    tied, new = facts.tied_embeddings, facts.added_tokens
     reasons = {
         "the ticket is empty": not facts.tokens,
         "the ticket has no tuned rows": rows is None,

@@ -28,6 +28,7 @@ from kslottery.adapters import (
 )
 from kslottery.rows import TunedRows
 from kslottery.ticket import Provenance, Ticket
+from kslottery.tuning import Recipe
 from test_commands import base_in, ticket_in
 from test_ticket import GREEDY, TOKENIZER, X, bare, merged, ticket_for
 
@@ -193,14 +194,21 @@ def test_every_mode_as_a_lora_and_back(kind, mode, tmp_path):
 @pytest.mark.parametrize(
     "kind, mode", [("llama", "head"), ("qwen2", "both"), ("gpt2", "shared"), ("llama", "input_only")]
 )
-def test_trainable_tokens_at_either_end(kind, mode, tmp_path):
-    model, rows, facts = ends(kind, mode)
-    write_adapter(tmp_path, facts, rows)
-    adapted = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
-    with torch.no_grad(), rows.applied(model):
-        assert torch.allclose(adapted(X).logits, model(X).logits, rtol=0, atol=1e-5)
-    ids, again, _ = read_adapter(tmp_path, model)
-    assert ids == rows.ids.tolist() and again.mode == mode and torch.equal(again.weight, rows.weight)
+def test_a_ticket_folder_and_its_lora_at_either_end(kind, mode, tmp_path):
+    model, rows, _ = ends(kind, mode)
+    ticket = bare(model, rows.ids.tolist()[::-1], rows, recipe=Recipe(mode=mode))
+    ticket.save(tmp_path / "t")
+    ticket.save_peft(tmp_path / "lora", "lora", model=model, tokenizer=TOKENIZER)
+    for folder, limit in (("t", 0), ("lora", 3e-7)):
+        with warnings.catch_warnings(action="ignore"):  # of tied models
+            adapted = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / folder).eval()
+        with torch.no_grad(), rows.applied(model):
+            assert torch.allclose(adapted(X).logits, model(X).logits, rtol=0, atol=2e-5)
+        back = Ticket.from_peft(tmp_path / folder, model, TOKENIZER)
+        assert back.mode == mode and back.ids.tolist() == rows.ids.tolist()
+        assert torch.allclose(back.rows.weight, rows.weight, rtol=0, atol=limit)
+        for fact in ("embedding_module", "output_module", "tied_embeddings", "V"):
+            assert getattr(back.provenance, fact) == getattr(ticket.provenance, fact)
 
 
 def test_ranks_that_engines_take(tmp_path):
@@ -404,6 +412,10 @@ def test_the_forms_by_their_command(kind, tmp_path, monkeypatch):
         status, _, error = invoke("peft", *words)
         assert (status == 2 and sentence in error and error.count("\n") == 1) if sentence else status == 0, error
         assert not Path("other").exists()
+    monkeypatch.setattr("kslottery.adapters.RANKS", (1,))
+    status, said, _ = invoke("peft", "t", "--as", "lora", "--out", "wide")
+    assert status == 0 and "It has 2 ranks: PEFT takes them, and engines such as vLLM take 1 at most" in said
+    assert json.loads(Path("wide", "adapter_config.json").read_text())["r"] == 2
 
 
 # llama.cpp itself
