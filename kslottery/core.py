@@ -7,7 +7,7 @@ __all__ = ['plain', 'markdown_text', 'must', 'one_of', 'check_field_types', 'bar
            'home_path', 'readable_file', 'sound', 'read_json', 'cache_dir', 'refuse_strangers', 'run_folder', 'told',
            'locked', 'settle', 'whole_folder', 'whole_file', 'whole_files', 'write_text', 'write_json', 'text_table',
            'quiet_transformers', 'to_accelerator', 'source_of', 'load_config', 'load_tokenizer', 'find_device',
-           'load_model']
+           'load_model', 'load_adapter']
 
 # %% ../nbs/00_core.ipynb #518e152b
 import contextlib
@@ -23,6 +23,7 @@ import stat
 import sys
 import tempfile
 import unicodedata
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -998,3 +999,78 @@ def load_model(
     model = model.to(place).eval()
     _sources[model] = (str(name), revision)
     return model, tokenizer
+
+# %% ../nbs/00_core.ipynb #1cebd108
+_WITHIN = ("XLORA", "SHADOW", "MULTITASK_PROMPT_TUNING")  # adapters that load further models, adapters or a pickle
+
+
+def _adapter_config(folder: Path) -> Any:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        pickled = file.endswith("safetensors") and (folder / "adapter_model.bin").exists()
+        why = "; its adapter_model.bin is a pickle, which is not opened: save it again with save_pretrained"
+        lack = f"{folder} holds no {file}{why if pickled else ': give the folder of a PEFT adapter'}"
+        must((folder / file).exists(), lack, FileNotFoundError)
+        readable_file(folder / file)
+    about = read_json(folder / "adapter_config.json", dict, "copy the adapter again")
+    kind, task = about.get("peft_type"), about.get("task_type")
+    known = {str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING}
+    must(str(kind) in known, f"{folder} holds an adapter of kind {kind!r}, which this PEFT does not know: update peft")
+    more = kind in _WITHIN or about.get("megatron_config")
+    must(not more, f"{folder} holds a {kind} adapter that names more to load, which is never done: merge it first")
+    must(task in (None, "CAUSAL_LM"), f"{folder} was tuned for {task}: give an adapter of a causal language model")
+    with sound(folder, "copy the adapter again"):
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        if config.is_prompt_learning:  # the model says, and then the tensor must have this shape
+            config.num_layers = config.token_dim = config.num_attention_heads = None
+    return config
+
+
+def load_adapter(model: Any, folder: str | Path) -> Any:
+    """Put a PEFT adapter onto its base, for evaluation.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The plain base. Its modules are wrapped in place; `adapted.unload()` gives it back.
+    folder : str or Path
+        What PEFT's `save_pretrained` wrote. Weights are read from safetensors only, and nothing is fetched.
+
+    Returns
+    -------
+    PeftModelForCausalLM
+        In evaluation mode, on the model's device; nothing in it learns.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no adapter, or a pickled one.
+    ValueError
+        If it is damaged, of an unknown kind, for another task or another base, or names more to load.
+    """
+    from peft import PeftModelForCausalLM
+    from safetensors import safe_open
+
+    place = home_path(folder)
+    config = _adapter_config(place)
+    with sound(place, "copy the adapter again"), safe_open(place / "adapter_model.safetensors", "np"):
+        pass
+    mend = "name the base that it was tuned on (resized alike, if tokens were added)"
+    try:
+        with quiet_transformers(), warnings.catch_warnings(action="ignore"):
+            adapted = PeftModelForCausalLM(model, config)
+            found = adapted.load_adapter(str(place), "default", torch_device=str(model.device))
+    except Exception as error:  # PEFT has no error of its own for this
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(plain(f"{folder} does not fit this model ({said}): {mend}")) from error
+    lost, strange = found.missing_keys, found.unexpected_keys
+    if config.is_prompt_learning:  # these tensors are no parameters of the model
+        lost, strange = [], sorted({*strange} - {"prompt_embeddings"})
+    must(
+        not lost and not strange,
+        f"{folder} does not fit this model: it lacks {len(lost)} tensors, and {len(strange)} find no place "
+        f"({', '.join([*lost, *strange][:2])}): {mend}",
+    )
+    return adapted.eval().requires_grad_(False)

@@ -1,17 +1,27 @@
 """Files that appear whole, bars that a person sees, and where a model came from."""
 
+import copy
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 
 from conftest import TOY, tiny_model
 from kslottery.core import (
     bar_label,
     find_device,
+    load_adapter,
     load_config,
     load_model,
     progress_bar,
@@ -78,6 +88,122 @@ def test_a_folder_that_is_no_checkpoint_gets_one_sentence(tmp_path, missing, wor
         path.unlink()
     with pytest.raises(FileNotFoundError, match=words) as caught:
         load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# Adapters
+
+CAUSAL = dict(task_type="CAUSAL_LM")
+ADAPTERS = {
+    "lora": lambda: LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **CAUSAL),
+    "query": lambda: LoraConfig(r=2, target_modules=["q_proj", "c_attn"], init_lora_weights=False, **CAUSAL),
+    "no task": lambda: LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    "head": lambda: LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"], **CAUSAL),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
+    "tokens": lambda: TrainableTokensConfig(token_indices=[5, 6], init_weights=False, **CAUSAL),
+    "shira": lambda: ShiraConfig(r=2, init_weights=False, **CAUSAL),
+}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    "An adapter for a model, saved, with numbers that are none of its defaults: (folder, the model that has it)."
+
+    def make(name, model):
+        adapted = get_peft_model(copy.deepcopy(model), ADAPTERS[name]()).eval()
+        with torch.no_grad():
+            for p in adapted.parameters():
+                if p.requires_grad:
+                    p += 0.3 * torch.randn_like(p)
+        adapted.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", adapted
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_comes_back_as_it_was_saved(adapter, kind, name):
+    if (kind, name) == ("gpt2", "shira"):
+        pytest.skip("PEFT has no SHiRA for GPT-2's layers")
+    model, x = tiny_model(kind).to(torch.bfloat16 if kind == "qwen2" else torch.float32), torch.arange(5, 12)[None]
+    before = model(x).logits
+    folder, adapted = adapter(name, model)
+    got = load_adapter(model, folder)
+    assert not got.training and not any(p.requires_grad for p in got.parameters())
+    assert torch.equal(got(x).logits, adapted(x).logits) and not torch.equal(got(x).logits[:, -7:], before)
+
+
+def resized(model):
+    model.resize_token_embeddings(72)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "name, other, words",
+    [
+        ("lora", lambda: tiny_model("llama", hidden=32), "does not fit this model .*size mismatch"),
+        ("lora", lambda: tiny_model("gpt2"), "does not fit this model .Target modules"),
+        ("query", lambda: deeper("llama"), "lacks 4 tensors, and 0 find no place"),
+        ("prefix", lambda: tiny_model("llama", hidden=32), "does not fit this model .*size mismatch"),
+        ("prefix", lambda: deeper("llama"), "does not fit this model .*size mismatch"),
+        ("tokens", lambda: tiny_model("llama", vocabulary=6), "does not fit this model"),
+        ("head", lambda: resized(tiny_model("llama")), "does not fit this model .*resized alike"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(adapter, name, other, words):
+    folder, _ = adapter(name, tiny_model("llama"))
+    with pytest.raises(ValueError, match=words) as caught:
+        load_adapter(other(), folder)
+    assert "\n" not in str(caught.value) and "tuned on" in str(caught.value)
+
+
+def deeper(kind):
+    config = tiny_model(kind).config
+    config.num_hidden_layers, config.layer_types = 3, None
+    return type(tiny_model(kind))(config)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_an_adapter_for_more_layers_is_refused(adapter):
+    "PEFT leaves out what finds no place, and says nothing."
+    with pytest.raises(ValueError, match="lacks 0 tensors, and 28 find no place"):
+        load_adapter(tiny_model("llama"), adapter("lora", deeper("llama"))[0])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"peft_type": "HYPER_LORA"}, "kind 'HYPER_LORA', which this PEFT does not know"),
+        ({"peft_type": ["LORA"]}, "does not know"),
+        ({"peft_type": "XLORA"}, "names more to load"),
+        ({"megatron_config": {"a": 1}}, "names more to load"),
+        ({"task_type": "SEQ_CLS"}, "was tuned for SEQ_CLS"),
+        ({"r": "many"}, "does not fit|damaged"),
+        ("[]", "is damaged"),
+        (None, "holds no adapter_config.json"),
+        ("bin", "adapter_model.bin is a pickle, which is not opened"),
+        ("cut", "is damaged"),
+    ],
+)
+def test_an_odd_adapter_gets_one_sentence(adapter, change, words):
+    folder, _ = adapter("lora", tiny_model("llama"))
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if isinstance(change, dict):
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    elif change == "[]":
+        config.write_text(change)
+    elif change is None:
+        config.unlink()
+    elif change == "bin":
+        weights.rename(folder / "adapter_model.bin")
+    else:
+        weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        load_adapter(tiny_model("llama"), folder)
     assert "\n" not in str(caught.value)
 
 
