@@ -1,9 +1,8 @@
 """Why a model does not stop: five faults told apart, no false alarm, odd files, and how little is read."""
 
 import json
-import os
-import resource
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -12,9 +11,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import MODELS, invoke, tiny_model
+from conftest import tiny_model
+from kslottery import checkpoints
 from kslottery.core import read_json, write_json
-from kslottery.stops import CAUSES, examine_stops
+from kslottery.stops import examine_stops
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
@@ -168,3 +168,40 @@ def test_the_input_row_of_an_untied_model_is_a_note(tmp_path):
     head(folder, zero, "model.embed_tokens.weight")
     report = examine_stops(folder)
     assert report.ok and any("model.embed_tokens.weight is zero" in note for note in report.notes)
+
+
+def sparse(path, tensors):
+    "A safetensors file of float16 zeros that takes no room on the disk: a header, and a length."
+    header, at = {}, 0
+    for name, shape in tensors.items():
+        size = 2 * int(np.prod(shape))
+        header[name], at = {"dtype": "F16", "shape": shape, "data_offsets": [at, at + size]}, at + size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    return at
+
+
+def test_a_large_checkpoint_is_looked_at_in_seconds_and_hardly_read(tmp_path, monkeypatch):
+    d, V = 4096, 32_000
+    layers = {
+        f"model.layers.{i}.mlp.{part}_proj.weight": (11_008, d) for i in range(32) for part in ("gate", "up", "down")
+    }
+    size = sparse(
+        tmp_path / "model.safetensors",
+        {"lm_head.weight": (V, d), "model.embed_tokens.weight": (V, d), **layers},
+    )
+    write_json(tmp_path / "config.json", {"model_type": "llama", "tie_word_embeddings": False, "eos_token_id": 2})
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w0").save_pretrained(tmp_path)
+    read, slices = [], checkpoints._Slices.__getitem__
+    monkeypatch.setattr(
+        checkpoints._Slices,
+        "__getitem__",
+        lambda self, rows: read.append((found := slices(self, rows)).numel() * found.element_size()) or found,
+    )
+    start = time.process_time()
+    report = examine_stops(tmp_path)
+    assert time.process_time() - start < 3
+    assert 0 < sum(read) < size / 1000 and causes(report) == ["end_row_untrained"]
