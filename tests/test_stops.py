@@ -5,16 +5,19 @@ import struct
 import time
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from conftest import tiny_model
+from conftest import MODELS, invoke, tiny_model
 from kslottery import checkpoints
 from kslottery.core import read_json, write_json
-from kslottery.stops import examine_stops
+from kslottery.data import Pair, Prompt, encode
+from kslottery.decomposition import Interval
+from kslottery.stops import CAUSES, Finding, Stopping, StopReport, examine_stops, measure_stops, stop_sentences
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
@@ -207,3 +210,171 @@ def test_a_large_checkpoint_is_looked_at_in_seconds_and_hardly_read(tmp_path, mo
     report = examine_stops(tmp_path)
     assert time.process_time() - start < 3
     assert size > 13e9 and 0 < sum(read) < size / 1000 and causes(report) == ["end_row_untrained"]
+
+
+def adapted(folder, base, target_modules=("q_proj",), **config):
+    "A random LoRA of a tiny checkpoint, and whatever else it tunes."
+    config = peft.LoraConfig(r=2, target_modules=list(target_modules), **config)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_must_train_the_row_that_it_needs(tmp_path):
+    base = saved(tmp_path / "base", ends=[2, 4], template=CHATML)
+    head(base, lambda rows: rows[4].zero_())
+    for name, config, mended in (
+        ("plain", {}, False),
+        ("another", {"trainable_token_indices": {"lm_head": [5]}}, False),
+        ("whole", {"modules_to_save": ["lm_head"]}, True),
+        ("rows", {"trainable_token_indices": {"lm_head": [4]}}, True),
+        ("lora", {"target_modules": ["lm_head"]}, True),
+    ):
+        report = examine_stops(base, adapter=adapted(tmp_path / name, base, **config))
+        assert report.ok == mended, f"{name}: {report}"
+        assert mended or "is zero, and the adapter does not train it" in report.findings[0].said
+
+
+def test_the_tokenizer_of_an_adapter_comes_first(tmp_path):
+    base = saved(tmp_path / "base")
+    adapter = adapted(tmp_path / "adapter", base)
+    assert examine_stops(base, adapter=adapter).ok
+    words(template=CHATML).save_pretrained(adapter)
+    assert causes(examine_stops(base, adapter=adapter)) == ["ends_disagree"]
+    longer = words(template=CHATML.replace("<|im_end|>", "<|end|>"))
+    longer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    longer.save_pretrained(adapter)
+    report = examine_stops(base, adapter=adapter)
+    assert causes(report) == ["ends_disagree", "end_row_untrained"]
+    assert "<|end|> (64) has no row in lm_head.weight, which has 64" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        (['{"input_ids": [1, 2]}'], "line 1 of .* has no list of whole numbers under labels"),
+        (['{"input_ids": [[1, 2]], "labels": [[1, 2]]}'], "under input_ids"),
+        (['{"input_ids": [1, true], "labels": [1, 1]}'], "under input_ids"),
+        (['{"input_ids": [1, 2], "labels": [1]}'], "2 input_ids and 1 labels"),
+        (['{"input_ids": [-1], "labels": [-100]}'], "1 input_ids"),
+        (['{"input_ids": [1, 5, 6, 2], "labels": [5, 6, 2, -100]}'], "unshifted"),
+        (['{"input_ids": [1], "labels": [1], "attention_mask": 3}'], "go together"),
+        (['{"input_ids": [1], "labels": [1]}', "[]"], "line 2 of .* is not a JSON object"),
+        (['{"messages": []}'], "the last is the assistant's"),
+        (['{"messages": [{"role": "user", "content": "t9"}]}'], "the last is the assistant's"),
+        (['{"messages": [{"role": "assistant", "content": "t9"}]}'], "there is no chat template"),
+        (["{"], "line 1 of .* is not a JSON object"),
+        ([], "holds no pairs"),
+    ],
+)
+def test_odd_records_are_refused_in_one_sentence(records, said, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(records) + "\n" if records else "")
+    with pytest.raises(ValueError, match=said) as error:
+        examine_stops(saved(tmp_path / "model"), data=data)
+    assert "\n" not in str(error.value)
+
+
+def test_odd_files_are_notes_or_one_sentence(tmp_path):
+    folder = saved(tmp_path / "model", template="{{ raise_exception('no system') }}")
+    report = examine_stops(folder)
+    assert report.ok and any("it raises (no system)" in note for note in report.notes)
+    with pytest.raises(ValueError, match="line 1"):
+        examine_stops(folder, data=lines(tmp_path / "talk.jsonl", TALK))
+    (folder / "chat_template.jinja").unlink()
+    changed(folder / "tokenizer_config.json", added_tokens_decoder={"40": {"content": "</s>"}})
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    report = examine_stops(folder, data=lines(tmp_path / "data.jsonl", TAUGHT))
+    assert report.ok and "no tokenizer lies beside the checkpoint" in str(report) and report.ends == {2: "[2]"}
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds list, not dict"):
+        examine_stops(folder)
+
+
+def measured(rate=0.0, other=0.0, p_end=0.01):
+    interval = Interval(rate, max(0.0, rate - 0.1), min(1.0, rate + 0.1))
+    return Stopping(30, interval, other, p_end, {2: p_end}, 0.0, {"whole": 5.0, "first line": 20.0, "cut": 10.0})
+
+
+def test_sentences_tell_the_fifth_cause_where_no_other_was_found():
+    clean = StopReport("model", {2: "</s>"}, end=2)
+    fault = StopReport("model", {2: "</s>"}, (Finding("end_not_appended", "no end"),), end=2)
+    for report, facts, found, notes in (
+        (clean, measured(), ["not_tuned_to_stop"], 0),
+        (clean, measured(rate=0.85), [], 0),
+        (clean, measured(p_end=0.9), [], 1),
+        (clean, measured(other=0.9, p_end=0.9), ["ends_disagree"], 0),
+        (fault, measured(), ["end_not_appended"], 0),
+    ):
+        judged = report.judged(facts)
+        assert causes(judged) == found and len(judged.notes) == notes and judged.ok == (not found)
+        assert judged.measured.lost == 0.75 and json.loads(json.dumps(judged.as_dict()))["measured"]["n"] == 30
+
+
+def test_a_causes_mend_is_stated():
+    assert all(Finding(cause, "said").mend == CAUSES[cause] for cause in CAUSES)
+    with pytest.raises(ValueError, match="choose pad_masks_end"):
+        Finding("bad luck", "said")
+
+
+def test_probabilities_of_the_end_by_hand():
+    model, tokenizer = tiny_model("llama"), words()
+    pairs = [Pair(str(i), f"t9 t{10 + i}", "t11 t12") for i in range(5)]
+    found = measure_stops(model, tokenizer, pairs, Prompt("{source} {target}"), stops=[2], ends=[4, 99], progress=False)
+    rows = []
+    for pair in pairs:
+        ids = torch.tensor([tokenizer(f"{pair.source} {pair.target}")["input_ids"]])
+        with torch.no_grad():
+            rows.append(model(ids).logits[0].softmax(-1)[-3:, [2, 4]])
+    assert found.p_end == pytest.approx(np.mean([r[-1].sum() for r in rows]), rel=1e-5)
+    assert found.p_each == pytest.approx({2: np.mean([r[-1, 0] for r in rows]), 4: np.mean([r[-1, 1] for r in rows])})
+    assert found.p_elsewhere == pytest.approx(np.mean([r[:-1].sum(1).numpy() for r in rows]), rel=1e-5)
+    assert found.rate.low <= found.rate.value <= found.rate.high
+
+
+def test_the_prompt_of_a_conversation_is_all_but_its_last_message(tmp_path):
+    tokenizer = words(template="<s>" + CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    (pair,), prompt = stop_sentences(tokenizer, lines(tmp_path / "talk.jsonl", TALK))
+    assert pair[1:] == ("<s><|im_start|>user\nt9 t10<|im_end|>\n<|im_start|>assistant\n", "t11 t12")
+    example = encode(tokenizer, prompt, pair)
+    assert example.ids == [1, 3, 5, 9, 10, 4, 3, 6, 11, 12, 2] and example.labels[-3:] == [11, 12, 2]
+    assert stop_sentences(tokenizer, lines(tmp_path / "ids.jsonl", TAUGHT))[0] == []
+
+
+def test_the_command(tmp_path):
+    healthy, broken = saved(tmp_path / "healthy"), saved(tmp_path / "broken", template=CHATML)
+    pairs = lines(tmp_path / "pairs.jsonl", *[{"source": f"t9 t{i}", "target": "t11"} for i in range(10, 30)])
+    asked = ("--data", pairs, "--template", "{source} {target}")
+    assert invoke("stops", healthy) == (0, "nothing found\n", "")
+    status, said, error = invoke("stops", broken)
+    assert status == 1 and said.startswith("ends_disagree: ") and said.count("\n") == 1 and error == ""
+    status, said, _ = invoke("stops", healthy, *asked, "--static", "--json")
+    assert status == 0 and json.loads(said)["measured"] is None and json.loads(said)["example"]["end"] == "learned"
+    status, said, _ = invoke("stops", healthy, *asked, "--limit", 8, "--max-new-tokens", 3)
+    assert status == 1 and said.startswith("not_tuned_to_stop: ") and "stopping rate" in said and "BLEU" in said
+    adapter = adapted(tmp_path / "adapter", healthy)
+    words(eos="<|im_end|>").save_pretrained(adapter)
+    status, said, _ = invoke("stops", healthy, "--adapter", adapter, *asked, "--limit", 4, "--json")
+    found = json.loads(said)
+    assert status == 1 and [f["cause"] for f in found["findings"]] == ["ends_disagree"] and found["end"] == 4
+    assert set(found["measured"]["p_each"]) == {"2", "4"} and found["measured"]["n"] == 4
+    for words_, said in (
+        ((tmp_path / "nothing",), "does not exist"),
+        ((adapter,), "is a PEFT adapter"),
+        ((healthy, "--adapter", healthy), "adapter_config.json"),
+        ((healthy, "--data", tmp_path / "none.jsonl"), "none.jsonl"),
+        ((healthy, "--data", pairs, "--template", "who"), "template"),
+    ):
+        status, _, error = invoke("stops", *words_)
+        assert status == 2 and said in error and error.count("\n") == 1, error
+
+
+@pytest.mark.skipif(not (MODELS / "en-de-short").exists(), reason="needs the shared model en-de-short")
+def test_the_small_model_of_real_language_is_sound():
+    assert examine_stops(MODELS / "en-de-short").ok
