@@ -143,7 +143,7 @@ BROKEN = {  # how the model is saved, what is done to its folder, the training d
     "no eos anywhere": ({"ends": None, "eos": None}, None, None, "ends_disagree", "the tokenizer has none"),
     "beyond the vocabulary": ({"ends": [99]}, None, None, "ends_disagree", "stops at [99]"),
     "zero": ({}, lambda f: head(f, zero), None, "end_row_untrained", "</s> (2) in lm_head.weight is zero"),
-    "mean": ({}, lambda f: head(f, mean), None, "end_row_untrained", "lm_head.weight is"),
+    "mean": ({}, lambda f: head(f, mean), None, "end_row_untrained", "lm_head.weight is "),
     "tied, zero": (
         {"kind": "gpt2"},
         lambda f: head(f, zero, "transformer.wte.weight"),
