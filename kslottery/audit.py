@@ -5,6 +5,8 @@
 # %% ../nbs/16_audit.ipynb #f29b4151
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +22,11 @@ from jinja2 import Template
 from kslottery.core import (
     fingerprint,
     home_path,
+    load_adapter,
+    load_model,
+    load_tokenizer,
     must,
+    read_json,
     refuse_strangers,
     settle,
     to_accelerator,
@@ -39,8 +45,8 @@ from .tuning import active_ids, tune_rows
 
 # %% auto #0
 __all__ = ['CHANNELS', 'ARMS', 'SUSPICIONS', 'opportunity', 'ArmKind', 'Arm', 'Check', 'AuditSettings', 'count_matched',
-           'plan_arms', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket', 'overlap', 'template_membership',
-           'template_transfer']
+           'plan_arms', 'jaccard', 'null_overlap', 'Audit', 'audit_ticket', 'audit_models', 'overlap',
+           'template_membership', 'template_transfer']
 
 # %% ../nbs/16_audit.ipynb #367b033c
 CHANNELS = {
@@ -138,9 +144,14 @@ ARMS = {
     "frozen_ticket": ArmKind(
         "ticket frozen, all other rows tuned", "embed_tuned", check="replaceable", against="embed_tuning"
     ),
+    "tuned": ArmKind("tuned model", "model", against="tuned", fast=True),
+    "tuned_stop": ArmKind("base model, cut where the tuned model stops", "cut", against="tuned", fast=True),
 }
 
 # %% ../nbs/16_audit.ipynb #5a7d33c8
+_NO_ROWS = ("none", "cut", "model")
+
+
 @dataclass(frozen=True)
 class Arm:
     """One arm of an audit. What it reads, and where, is looked up in `ARMS`.
@@ -178,7 +189,7 @@ class Arm:
     def __post_init__(self):
         must(self.name in ARMS, f"there is no arm {self.name!r}: choose {', '.join(ARMS)}")
         ids, kind = tuple(int(i) for i in self.ids), ARMS[self.name]
-        wanted = 0 if kind.rows in ("none", "cut") else 1 if self.name == "one_row" else max(1, len(ids))
+        wanted = 0 if kind.rows in _NO_ROWS else 1 if self.name == "one_row" else max(1, len(ids))
         must(len(ids) == wanted, f"the arm {self.name} is given {len(ids)} ids, but needs {wanted}")
         token = f"“{self.token}”" if self.token else f"row {ids[0]}" if ids else ""
         vars(self).update(  # a frozen dataclass sets its fields no other way
@@ -350,7 +361,7 @@ class AuditSettings:
         )
         keys = ["base", "ticket"] if self.arms is None else [arm.key for arm in self.arms]
         must(
-            keys[:2] == ["base", "ticket"] and len(set(keys)) == len(keys),
+            keys[:2] in (["base", "ticket"], ["base", "tuned"]) and len(set(keys)) == len(keys),
             f"the plan has the arms {', '.join(keys)}: base and ticket must come first, as all others are compared "
             "with them, and no key may come twice (give each arm of a name another draw)",
         )
@@ -390,6 +401,7 @@ def count_matched(counts: Iterable[int], ids: Iterable[int], pool: Iterable[int]
 # %% ../nbs/16_audit.ipynb #b7f7a8c7
 def _obstacle(arm: Arm | ArmKind, ticket: Ticket, train: bool) -> str | None:
     reasons = {
+        "it is no choice of rows: see audit_models": arm.against == "tuned",
         f"it says where rows may be read, and {ticket.mode} rows also score tokens, everywhere": arm.channel
         != "everywhere"
         and ticket.mode != "input_only",
@@ -474,7 +486,7 @@ def plan_arms(
         for name, choices in _choices(tokenizer, ticket, examples, settings).items()
         if (ARMS[name].fast or not settings.fast) and not _obstacle(ARMS[name], ticket, train)
         for draw, ids in choices
-        if len(ids) or ARMS[name].rows in ("none", "cut")
+        if len(ids) or ARMS[name].rows in _NO_ROWS
     ]
 
 # %% ../nbs/16_audit.ipynb #d3f787ab
@@ -545,7 +557,7 @@ _SAID = Template(  # the bold line, then the lines below it
 {%- set found = named(bold) %}
 {{- gained.sentence }}
 {%- if found %} {{ found[0] | upper ~ found[1:] if gained.verdict == "stopping" else "But: " ~ found }}.
-{%- elif gained.verdict == "content" and "found" not in arms %} No artefact found by these checks
+{%- elif gained.verdict == "content" and arms and "found" not in arms %} No artefact found by these checks
 {#- #} ({{ arms | length - silent }} of {{ arms | length }} could tell).
 {%- endif %}
 
@@ -563,6 +575,9 @@ _SAID = Template(  # the bold line, then the lines below it
 {% set names = named(some) %}
 {{ heading ~ ": " ~ names ~ "." if names }}
 {% endfor %}
+{% for why, names in left_out | dictsort(by="value") | groupby(1) %}
+Left out: {{ names | map(attribute=0) | join(", ") }} ({{ why }}).
+{% endfor %}
 One training seed, one metric ({{ gained.metric }}, delta {{ "%g" | format(gained.delta) }}),
 {#- #} {{ gained.n }} test sentences: others may say otherwise.
 """,
@@ -570,8 +585,9 @@ One training seed, one metric ({{ gained.metric }}, delta {{ "%g" | format(gaine
 )
 
 
-def _said(gained: Decomposition, checks: list[Check]) -> tuple[str, list[str]]:
-    bold, *lines = _SAID.render(gained=gained, checks=checks, parts=_parts(gained), listed=_LISTED).splitlines()
+def _said(gained: Decomposition, checks: list[Check], left_out: dict[str, str] | None = None) -> tuple[str, list[str]]:
+    about = {"parts": _parts(gained), "listed": _LISTED, "left_out": left_out or {}}
+    bold, *lines = _SAID.render(gained=gained, checks=checks, **about).splitlines()
     return bold, [line for line in lines if line]
 
 # %% ../nbs/16_audit.ipynb #ec8cdb59
@@ -583,12 +599,14 @@ _REPORT = Template(
 {% for line in audit.lines %}
 * {{ cell(line) }}
 {% endfor %}
+{% if audit.checks %}
 
 | looked for | | |
 |---|---|---|
 {% for c in audit.checks %}
 | {{ cell(c.finding) }} | {{ c.result }} | {{ cell(c.sentence) }} |
 {% endfor %}
+{% endif %}
 {% if full %}
 {% set own = audit.decomposition.metric %}
 {% set metric = own if own in audit.scores.base.whole else "bleu" %}
@@ -603,12 +621,14 @@ _REPORT = Template(
 {% set span = "{:z.2f} [{:z.2f}, {:z.2f}]" if share and share.value is not none else "cannot tell" if share else "" %}
 | {{ cell(a.label) }} | {{ a.ids | length }} | {{ occur }} | {{ where }} | {{ found }} | {{ span.format(*share) }} |
 {% endfor %}
+{% if audit.opportunity %}
 
 | channel | reads of a ticket row per sentence |
 |---|---:|
 {% for name, reads in audit.opportunity.items() %}
 | {{ name }} | {{ "%.1f" | format(reads) }} |
 {% endfor %}
+{% endif %}
 {% endif %}
 """,
     trim_blocks=True,
@@ -634,11 +654,11 @@ class Audit:
         For each part of the gain that the verdict asks for ("gain", or the rule by which content is counted): what each
         arm with a check does beyond half, in points of the metric, by its key. Those of one part hold together.
     decomposition : Decomposition
-        Of the ticket's gain.
+        Of the gain of the ticket, or of the tuned model.
     opportunity : dict of str to float
-        Reads of a ticket row per sentence, by channel.
+        Reads of a ticket row per sentence, by channel; empty without a ticket.
     checks : list of Check
-        What was looked for, in the order of `SUSPICIONS`.
+        What was looked for, in the order of `SUSPICIONS`; empty without a ticket.
     verdict : str
         The word of the decomposition.
     sentence : str
@@ -646,7 +666,7 @@ class Audit:
     lines : list of str
         What stands below it: notes, what was not found, what cannot be told, what all of it rests on.
     facts : dict
-        Settings, versions, signatures.
+        Settings, versions, signatures, and what was left out ("left_out": arm or check -> why).
     """
 
     arms: list[Arm]
@@ -741,6 +761,7 @@ def _tuned(arm, bench, training, checkpoint, label):
 
 _ROWS: dict[str, Callable] = {
     "none": lambda arm, bench, *at: None,
+    "model": lambda arm, bench, *at: None,
     "ticket": lambda arm, bench, *at: _own(bench.ticket).restrict(arm.ids),
     "noise": lambda arm, bench, *at: _own(bench.ticket).restrict(arm.ids).noise(bench.model, arm.seed),
     "flipped": lambda arm, bench, *at: _own(bench.ticket).restrict(arm.ids).scale(bench.model, -1.0),
@@ -763,11 +784,18 @@ def _generated(arm, bench, checkpoint, label):
     )
 
 # %% ../nbs/16_audit.ipynb #2a90cd7e
+# What decides what a model says besides its numbers: its end tokens, and how an adapter uses its own.
+def _adapted(model) -> list[str]:
+    known = getattr(model, "peft_config", {}).values()
+    facts = [{**one.to_dict(), "inference_mode": None, "base_model_name_or_path": None} for one in known]
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [str(ends), *(json.dumps(one, sort_keys=True, default=lambda x: sorted(map(str, x))) for one in facts)]
+
+
 # What decides the texts of each arm, as one fingerprint, by its key.
 def _prints(bench, arms) -> dict[str, str]:
     content = lambda examples: fingerprint(json.dumps([e[1:] for e in examples]))
-    ticket, asked, embed = bench.ticket, bench.settings.generation, bench.ticket.embed_rows
-    recipe, own = ticket.provenance.recipe, _own(ticket).fingerprint()
+    ticket, asked = bench.ticket, bench.settings.generation
     common = [
         weights_fingerprint(bench.model),
         tokenizer_fingerprint(bench.tokenizer),
@@ -775,6 +803,9 @@ def _prints(bench, arms) -> dict[str, str]:
         asked.max_new_tokens,
         asked.num_beams,
     ]
+    if ticket is None:
+        return {arm.key: fingerprint(json.dumps([common, arm.rows, _adapted(bench.model)])) for arm in arms}
+    recipe, own, embed = ticket.provenance.recipe, _own(ticket).fingerprint(), ticket.embed_rows
     tuned = [content(bench.train_set), recipe and replace(recipe, progress=False).as_dict(), ticket.mode]
     source = {"embed": embed and embed.fingerprint(), "tuned": tuned, "embed_tuned": tuned}
 
@@ -816,9 +847,12 @@ def _translated(bench, arms, folder):
             write_json(path, {"arm": asdict(arm), "fingerprint": print_, "translations": found})
             checkpoint.unlink(missing_ok=True)
         texts[arm.key] = done[print_] = found
-    return texts | {
-        arm.key: forced_stop(texts["base"], texts["ticket"], bench.tokenizer) for arm in arms if arm.rows == "cut"
-    }
+    return texts
+
+
+def _with_cut(texts, bench):  # with the base's texts, cut where the others end
+    cut = [arm for arm in bench.settings.arms if arm.rows == "cut"]
+    return texts | {arm.key: forced_stop(texts["base"], texts[arm.against], bench.tokenizer) for arm in cut}
 
 # %% ../nbs/16_audit.ipynb #add63f25
 # The numbers of at least so many sentences, drawn by documents if there are groups.
@@ -842,11 +876,10 @@ def _gained(base, tuned, test, settings, tokenizer=None) -> Decomposition:
     )
 
 # %% ../nbs/16_audit.ipynb #3b950b0e
-# What the arms have in common; what cannot be audited is refused before a model is loaded.
-def _bench(ticket, test, train, model, tokenizer, settings):
-    _own(ticket)
+# The sentences that are tested, the tuning pairs, and the settings; what makes no audit is refused.
+def _asked(test, train, sentences, settings):
     test, train = list(test), list(train or [])
-    used = seen_before(test, {*ticket.sentences, *(h for p in train for h in (p.hash, p.loose))})
+    used = seen_before(test, {*sentences, *(h for p in train for h in (p.hash, p.loose))})
     must(test, "there are no test sentences: an audit needs some that nothing was tuned on")
     nothing, everything = ([Translation(p.id, p.target * said, True) for p in test] for said in (0, 1))
     _gained(nothing, everything, test, settings)
@@ -855,26 +888,34 @@ def _bench(ticket, test, train, model, tokenizer, settings):
         f"{len(used)} test sentences were used for tuning (first: {''.join(used[:1])}), word for word or in other "
         "case, spacing or final punctuation: remove them from the test data",
     )
+    groups = range(len(test)) if settings.groups is None else list(settings.groups)
+    drawn = _drawn(groups, settings.bootstrap.seed, 50 if settings.fast else len(test))
+    kept = None if settings.groups is None else [groups[i] for i in drawn]
+    return [test[i] for i in drawn], train, replace(settings, groups=kept)
+
+
+# What the arms have in common; what cannot be audited is refused before a model is loaded.
+def _bench(ticket, test, train, model, tokenizer, settings):
+    _own(ticket)
+    test, train, settings = _asked(test, train, ticket.sentences, settings)
     if train and ticket.sentences:
         ticket.check_pairs(train)
     for arm in settings.arms or ():
         why = _obstacle(arm, ticket, bool(train))
         must(why is None, f"the arm {arm.key} cannot be run: {why}")
-    groups = range(len(test)) if settings.groups is None else list(settings.groups)
-    drawn = _drawn(groups, settings.bootstrap.seed, 50 if settings.fast else len(test))
-    test = [test[i] for i in drawn]
     own = ticket.provenance.prompt or settings.prompt or ticket.prompt  # what the controls are tuned under
     model, tokenizer = ticket.base(model, tokenizer)
     train_set, test_set = encode_all(tokenizer, own, train), encode_all(tokenizer, settings.prompt or own, test)
     arms = settings.arms or plan_arms(tokenizer, ticket, train_set or test_set, settings, train=bool(train))
+    kinds = {n: k for n, k in ARMS.items() if k.against != "tuned" and (k.fast or not settings.fast)}
     return SimpleNamespace(
         ticket=ticket,
+        left_out={n: why for n, k in kinds.items() if not settings.arms and (why := _obstacle(k, ticket, bool(train)))},
         model=to_accelerator(model),
         tokenizer=tokenizer,
         settings=replace(
             settings,
             arms=tuple(arms),
-            groups=None if settings.groups is None else [groups[i] for i in drawn],
             prompt=settings.prompt or own,
             generation=settings.generation or ticket.provenance.generation or Generation(),
         ),
@@ -892,11 +933,11 @@ def _ranking(share: Interval | None) -> Check:
 
 
 def _judged(bench, texts, facts) -> Audit:
-    asked, test = bench.settings, bench.test
+    asked, test, texts = bench.settings, bench.test, _with_cut(texts, bench)
     how = {"metric": asked.metric, "groups": asked.groups, "bootstrap": asked.bootstrap}
-    gained = _gained(texts["base"], texts["ticket"], test, asked, bench.tokenizer)
+    gained = _gained(texts["base"], texts[asked.arms[1].key], test, asked, bench.tokenizer)
     contrasts = _contrasts(texts, asked.arms, gained, bench.tokenizer, test, **how)
-    checks = [
+    checks = bench.ticket and [
         *(_arm_check(name, asked.arms, contrasts, 150 / gained.units) for name in SUSPICIONS if name != "ranking"),
         _ranking(null_overlap(bench.model, bench.ticket, seed=asked.bootstrap.seed)),
     ]
@@ -912,10 +953,10 @@ def _judged(bench, texts, facts) -> Audit:
         },
         contrasts,
         gained,
-        opportunity(bench.test_set, bench.ticket.ids, texts["ticket"]),
-        checks,
+        opportunity(bench.test_set, bench.ticket.ids, texts["ticket"]) if bench.ticket else {},
+        checks or [],
         gained.verdict,
-        *_said(gained, checks),
+        *_said(gained, checks or [], bench.left_out),
         facts,
     )
 
@@ -934,6 +975,36 @@ def _write(audit, folder):
     except OSError as error:
         error.add_note(str(audit))
         raise
+
+# %% ../nbs/16_audit.ipynb #21168bd6
+def _place(out) -> Path | None:
+    if out:
+        refuse_strangers(out := home_path(out), _is_audited)
+    return out or None
+
+
+# The audit of what the arms write, once they have written it: kept in the place, if there is one.
+def _found(bench, place, written) -> Audit:
+    asked, ticket = bench.settings, bench.ticket
+    counts: Any = ticket and token_counts(bench.train_set or bench.test_set, ticket.provenance.V)
+    facts = {
+        "settings": {
+            **asdict(asked.generation),
+            **asdict(asked.bootstrap),
+            "fast": asked.fast,
+            "test_sentences": len(bench.test),
+            "train_sentences": len(bench.train_set),
+        },
+        "signatures": signatures(bench.test),
+        "versions": versions(),
+        "arms": {a.key: {"median_count": int(np.median(counts[list(a.ids)])) if a.ids else 0} for a in asked.arms},
+        "left_out": bench.left_out,
+    }
+    with tempfile.TemporaryDirectory() as spare:
+        folder = place or Path(spare)
+        audit = _judged(bench, written(folder / "arms"), facts)
+        _write(audit, folder)
+    return audit
 
 # %% ../nbs/16_audit.ipynb #70d2b3fc
 def audit_ticket(
@@ -983,28 +1054,139 @@ def audit_ticket(
     The study of 2026 (unreviewed; repository Nhckdvrl/ssn-group-papaer, commit 81e319fd); `plan_arms`, `decompose`,
     `simultaneous` and `null_overlap` say what is added to it.
     """
-    place = out or (ticket.folder and Path(ticket.folder) / "audit")
-    if place:
-        refuse_strangers(place := home_path(place), _is_audited)
+    place = _place(out or (ticket.folder and Path(ticket.folder) / "audit"))
     bench = _bench(ticket, test, train, model, tokenizer, settings or AuditSettings())
-    asked, counts = bench.settings, token_counts(bench.train_set or bench.test_set, ticket.provenance.V)
-    facts = {
-        "settings": {
-            **asdict(asked.generation),
-            **asdict(asked.bootstrap),
-            "fast": asked.fast,
-            "test_sentences": len(bench.test),
-            "train_sentences": len(bench.train_set),
-        },
-        "signatures": signatures(bench.test),
-        "versions": versions(),
-        "arms": {a.key: {"median_count": int(np.median(counts[list(a.ids)])) if a.ids else 0} for a in asked.arms},
-    }
-    with tempfile.TemporaryDirectory() as spare:
-        folder = place or Path(spare)
-        audit = _judged(bench, _translated(bench, asked.arms, folder / "arms"), facts)
-        _write(audit, folder)
-    return audit
+    return _found(bench, place, lambda folder: _translated(bench, bench.settings.arms, folder))
+
+# %% ../nbs/16_audit.ipynb #3a943461
+_NEEDS_ROWS = "they need a ticket's rows, and this tuning is no choice of rows"
+
+
+def _is_name(one) -> bool:
+    return isinstance(one, str | Path)
+
+
+def _is_adapter(one) -> bool:
+    return _is_name(one) and (home_path(one) / "adapter_config.json").is_file()
+
+
+# The base, by the name that the adapter has for it if nobody gives one; what is no pair is refused.
+def _base_of(base, tuned) -> Any:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if base is None and _is_adapter(tuned):
+        base = read_json(home_path(tuned) / "adapter_config.json", dict).get("base_model_name_or_path")
+    switched = isinstance(tuned, PeftModel)
+    must(base or switched, "there is no base to compare with: name the model that was tuned")
+    layers = base.modules() if hasattr(base, "modules") and not isinstance(base, PeftModel) else ()
+    must(
+        not any(isinstance(layer, BaseTunerLayer) for layer in layers),
+        "the base carries an adapter, as PEFT wraps a model in place: give none as base, and it is switched off",
+    )
+    return base
+
+
+# The tokenizer of each of the two: its own, if it has one.
+def _readers(base, tuned, given) -> dict[str, Any]:
+    mine: Any = given or (load_tokenizer(base) if _is_name(base) else None)
+    must(mine, "there is no tokenizer: give that of the base")
+    own = _is_name(tuned) and (not _is_adapter(tuned) or (home_path(tuned) / "tokenizer_config.json").is_file())
+    other = load_tokenizer(tuned) if own else mine
+    known, new = mine.get_vocab(), other.get_vocab()
+    must(
+        known == new,
+        f"base and tuned model have other vocabularies ({len(known)} and {len(new)} tokens, "
+        f"{len(known.items() ^ new.items())} entries differ): texts are compared token by token, so compare models of "
+        "one vocabulary",
+    )
+    return {"base": mine, "tuned": other, "tuned_stop": mine}
+
+
+# What one of the two models writes; it is in memory no longer than that.
+def _spoken(arm, bench, base, tuned, folder) -> dict[str, list]:
+    load = lambda one: load_model(one)[0] if _is_name(one) else one
+    own = bench.readers[arm.key]
+    with contextlib.ExitStack() as stack:
+        if arm.name == "base" and base is None:
+            model = tuned
+            stack.enter_context(tuned.disable_adapter())
+        elif arm.name == "tuned" and _is_adapter(tuned):
+            model = load_adapter(load(base) if _is_name(base) else copy.deepcopy(base), tuned)
+        else:
+            model = load(base if arm.name == "base" else tuned)
+        here = {"model": to_accelerator(model).eval(), "tokenizer": own, "test_set": bench.sets[arm.key]}
+        return _translated(SimpleNamespace(**vars(bench) | here), [arm], folder)
+
+# %% ../nbs/16_audit.ipynb #9339cf1f
+def audit_models(
+    base: Any,
+    tuned: Any,
+    test: Sequence[Pair],
+    prompt: Prompt,
+    *,
+    train: Sequence[Pair] | None = None,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    settings: AuditSettings | None = None,
+) -> Audit:
+    """Audit any tuning: does the tuned model translate better than its base, or only stop?
+
+    Parameters
+    ----------
+    base : PreTrainedModel, str or Path, or None
+        The model before tuning, or its folder or Hub id; None: the one that an adapter's folder names, or a PeftModel
+        with its adapter switched off.
+    tuned : PreTrainedModel, PeftModel, str or Path
+        The model after tuning, or its checkpoint's folder or Hub id, or the folder of a PEFT adapter. Models that are
+        given are set to evaluation mode.
+    test : list of Pair
+        Sentences that nothing was tuned on.
+    prompt : Prompt
+        How both are asked.
+    train : list of Pair, optional
+        What the model was tuned on: no test sentence may be among it.
+    tokenizer : PreTrainedTokenizerFast, optional
+        The tokenizer of a base that is in memory. A tuned model that is in none reads with its own, if it has one.
+    out : path, optional
+        A folder for texts, numbers, report and figure, as in `audit_ticket`; default: nothing is kept.
+    settings : AuditSettings, optional
+        Generation, metric and resampling; its arms and its prompt are not asked for.
+
+    Returns
+    -------
+    Audit
+        Of the arms base, tuned and tuned_stop. Its facts name what was left out, and why.
+
+    Raises
+    ------
+    ValueError
+        If there is no base or no tokenizer, the base carries an adapter, the vocabularies differ, the adapter does not
+        fit, or as `audit_ticket`.
+    FileExistsError
+        If the folder holds something else.
+
+    References
+    ----------
+    This project; `decompose` names what it rests on.
+    """
+    place, base = _place(out), _base_of(base, tuned)
+    chosen, seen, asked = _asked(test, train, (), replace(settings or AuditSettings(), arms=None))
+    readers, arms = _readers(base, tuned, tokenizer), (Arm("base"), Arm("tuned"), Arm("tuned_stop"))
+    generation, kept = asked.generation or Generation(), {arm.name for arm in arms} | {"ticket", "forced_stop"}
+    bench = SimpleNamespace(
+        ticket=None,
+        left_out={name: _NEEDS_ROWS for name in ARMS if name not in kept}
+        | {f"check {name}": "they compare arms that are left out, or need a scan" for name in SUSPICIONS},
+        readers=readers,
+        tokenizer=readers["base"],
+        settings=replace(asked, arms=arms, prompt=prompt, generation=generation),
+        train_set=seen,
+        test=chosen,
+        sets={name: encode_all(reader, prompt, chosen) for name, reader in readers.items()},
+    )
+    spoken = lambda folder: [_spoken(arm, bench, base, tuned, folder) for arm in (arms[1], arms[0])]
+    return _found(bench, place, lambda folder: {k: said for one in reversed(spoken(folder)) for k, said in one.items()})
 
 # %% ../nbs/16_audit.ipynb #8f7270cc
 def overlap(a: Scan, b: Scan, k: int) -> dict[str, float]:

@@ -169,11 +169,11 @@ def _given(**options):
     return {name: value for name, value in options.items() if value}
 
 
-def _prompt(found, template, languages):
-    recorded = found.provenance.prompt
+def _prompt(found, template, languages):  # found is None for what is no ticket
+    recorded = found and found.provenance.prompt
     must(
         recorded or template,
-        "the ticket records no prompt and no languages (a bare scan has none): "
+        f"{'the ticket' if found else 'a tuned model'} records no prompt and no languages (a bare scan has none): "
         "name them with --languages, and the prompt with --template",
     )
     return (
@@ -184,16 +184,18 @@ def _prompt(found, template, languages):
 
 
 def _generation(found, **options):
-    return dataclasses.replace(found.provenance.generation or kslottery.Generation(), **_given(**options))
+    recorded = found and found.provenance.generation
+    return dataclasses.replace(recorded or kslottery.Generation(), **_given(**options))
 
 
 def _pairs(found, kind, path, languages, limit=0):
     # those of a path, or else what the ticket records as its `train` or `test` data
     if path:
         return kslottery.load_pairs(path, languages, limit or None)
-    origin = getattr(found.provenance, kind)
+    origin = found and getattr(found.provenance, kind)
     lack = {"train": "tuning data: name it with --train (or --train none)", "test": "test data: name it with --test"}
-    must(origin is not None, f"the ticket does not record its {lack[kind]}")
+    who = "the ticket" if found else "a tuned model"
+    must(origin is not None, f"{who} does not record its {lack[kind]}")
     return kslottery.load_pairs(**origin | _given(limit=limit))
 
 
@@ -570,6 +572,13 @@ def certify(
     _keep_certificates(found, done, full, as_json)
 
 # %% ../nbs/22_cli.ipynb #1c4738eb
+_Subject = Annotated[
+    Path,
+    typer.Argument(
+        callback=_home,
+        help="A ticket folder, the folder of a PEFT adapter, or a tuned checkpoint (with --model, its base).",
+    ),
+]
 _Tuned = Annotated[
     str,
     typer.Option(
@@ -582,6 +591,28 @@ _Fast = Annotated[
     typer.Option("--fast", help="50 sentences, drawn by the seed (whole documents with --groups), and fewer arms."),
 ]
 _Metric = Annotated[str, typer.Option(help="What the verdict counts in: bleu, chrf, chrf++, ter, spbleu or spbleu200.")]
+
+
+def _subject(subject, model, revision):  # a ticket and the model it is of, if that is loaded; or None and its base
+    from kslottery.ticket import Ticket, is_ticket
+
+    if is_ticket(subject):
+        return Ticket.load(subject), {}
+    adapter = subject / "adapter_config.json"
+    must(
+        adapter.is_file() or (subject / "config.json").is_file(),
+        f"{subject} holds no ticket.json, no adapter_config.json and no config.json: give the folder of a ticket, of a "
+        "PEFT adapter or of a tuned checkpoint",
+        FileNotFoundError,
+    )
+    stated = read_json(adapter, dict) if adapter.is_file() else {}
+    named: Any = model or stated.get("base_model_name_or_path")
+    must(isinstance(named, str) and named, f"{subject} does not say which model was tuned: name it with --model")
+    which = revision or (None if model else stated.get("revision"))
+    if stated.get("peft_type") != "TRAINABLE_TOKENS":
+        return None, dict(zip(("base", "tokenizer"), load_model(named, which) if which else (named,)))
+    base, tokenizer = load_model(named, which)  # this adapter is a choice of rows: all arms can be run
+    return Ticket.from_peft(subject, base, tokenizer), {"model": base, "tokenizer": tokenizer}
 
 
 def _say_audit(done, out, card, as_json):
@@ -598,7 +629,7 @@ def _say_audit(done, out, card, as_json):
 # %% ../nbs/22_cli.ipynb #46727b18
 @app.command()
 def audit(
-    ticket: _Ticket,
+    subject: _Subject,
     train: _Tuned = "",
     test: Annotated[
         str, typer.Option(help="Sentence pairs that nothing was tuned on (default: what the ticket records).")
@@ -609,7 +640,11 @@ def audit(
     groups: _Groups = None,
     out: Annotated[
         Path | None,
-        typer.Option(callback=_home, help="The folder for texts, numbers, report and figure (default: TICKET/audit)."),
+        typer.Option(
+            callback=_home,
+            help="The folder for texts, numbers, report and figure (default: TICKET/audit; NAME-audit for what is no "
+            "ticket).",
+        ),
     ] = None,
     num_beams: Annotated[
         int | None, typer.Option(min=1, help="Beams; 1 is greedy (default: as the ticket was evaluated, or 1).")
@@ -625,13 +660,16 @@ def audit(
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
-    """Say where a ticket's gain comes from, where its rows act, and what does at least half of it more simply.
+    """Say where a gain comes from; of a ticket, too, where its rows act, and what does half of it more simply.
 
     Example: kslottery audit runs/quickstart/ticket --train train.tsv --test test.tsv
     """
-    out = out or ticket / "audit"
+    from kslottery.audit import audit_models
+
+    found, about = _subject(subject, model, revision)
+    kept = found and found.folder  # a ticket folder
+    out = out or (subject / "audit" if kept else Path(f"{subject.absolute().name}-audit"))
     with _kept(f"finished arms are kept in {out}: run the same command to go on"):
-        found = kslottery.Ticket.load(ticket)
         prompt = _prompt(found, template, languages)
         fresh = _pairs(found, "test", test, prompt.languages, limit)
         settings = kslottery.AuditSettings(
@@ -643,17 +681,18 @@ def audit(
             generation=_generation(found, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size),
             bootstrap=kslottery.Bootstrap(samples=samples, seed=seed),
         )
-        done = kslottery.audit_ticket(
-            _sourced(found, model, revision),
-            fresh,
-            train=None if train == "none" else _pairs(found, "train", train, prompt.languages),
-            out=out,
-            settings=settings,
-        )
+        untold = train == "none" or not (kept or train)
+        more: Any = {"train": None if untold else _pairs(found, "train", train, prompt.languages)}
+        more |= {"out": out, "settings": settings}
+        if found:
+            done = kslottery.audit_ticket(_sourced(found, model, revision) if kept else found, fresh, **about, **more)
+        else:
+            done = audit_models(about.pop("base"), subject, fresh, prompt, **about, **more)
         card = []
         try:
-            found.add_audit(done.as_dict(), (out / "audit.png").read_bytes())
-            card.append(f"The card: {ticket / 'README.md'}")
+            if kept:
+                found.add_audit(done.as_dict(), (out / "audit.png").read_bytes())
+                card.append(f"The card: {subject / 'README.md'}")
         finally:  # what was found is said even if the ticket cannot keep it
             _say_audit(done, out, card, as_json)
 

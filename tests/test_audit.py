@@ -1,11 +1,14 @@
 """The audit: gates that open and shut token for token, arms that are a table, a runner that goes on after a kill."""
 
 import copy
+import gc
 import json
+import re
 import shutil
 import signal
 import subprocess
 import time
+import weakref
 from dataclasses import FrozenInstanceError, replace
 from itertools import product
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, PrefixTuningConfig, ShiraConfig, TrainableTokensConfig, get_peft_model
 from scipy.stats import binom
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +31,7 @@ from kslottery.audit import (
     SUSPICIONS,
     Arm,
     AuditSettings,
+    audit_models,
     audit_ticket,
     count_matched,
     opportunity,
@@ -36,7 +41,7 @@ from kslottery.audit import (
     template_transfer,
 )
 from kslottery.babel import build_world
-from kslottery.core import load_model
+from kslottery.core import fingerprint, load_model
 from kslottery.data import INSTRUCTION, Example, Pair, Prompt, Role, encode_all, load_pairs
 from kslottery.decomposition import Bootstrap, Interval, decompose, forced_stop
 from kslottery.evaluation import Generation, Translation, translate
@@ -45,7 +50,8 @@ from kslottery.lottery import find_ticket
 from kslottery.plots import plot_audit
 from kslottery.rows import TunedRows
 from kslottery.ticket import Provenance, Ticket
-from kslottery.tuning import Recipe
+from kslottery.training import Training
+from kslottery.tuning import Recipe, peft_tune
 
 LANGUAGES = "Aldan-Borel"
 ASKED = Prompt("t9 t10 {source} t11 {target}")
@@ -142,7 +148,8 @@ def test_count_matching_takes_the_nearest_and_nobody_twice():
     assert apart < 0.4 and count_matched(counts, ids, pool[:3]).tolist() == [20, 21, 22]
 
 
-ROWS = ("none", "ticket", "noise", "flipped", "embed", "tuned", "embed_tuned", "cut")
+ROWS = ("none", "ticket", "noise", "flipped", "embed", "tuned", "embed_tuned", "cut", "model")
+NO_ROWS = ("none", "cut", "model")
 
 
 @pytest.mark.parametrize("name", [*ARMS, "nosie", "", "noise*", "random_rows_2", "one_row_13", "only_everywhere"])
@@ -154,7 +161,7 @@ def test_no_arm_outside_the_table_can_be_made(name):
         with pytest.raises(ValueError, match=f"choose {', '.join(ARMS)}"):
             Arm(name, (5,))
     for rows, channel in product(ROWS, CHANNELS):
-        ids = () if name in ARMS and ARMS[name].rows in ("none", "cut") else (5,)
+        ids = () if name in ARMS and ARMS[name].rows in NO_ROWS else (5,)
         with pytest.raises(TypeError):
             Arm(name, ids, rows=rows, channel=channel)
         if name not in ARMS:
@@ -173,7 +180,7 @@ def test_no_arm_outside_the_table_can_be_made(name):
 
 def test_an_arm_has_the_rows_it_needs_and_a_key_of_its_own():
     for name, kind in ARMS.items():
-        right, wrong = ((), (5,)) if kind.rows in ("none", "cut") else ((5,), ())
+        right, wrong = ((), (5,)) if kind.rows in NO_ROWS else ((5,), ())
         assert Arm(name, right).key == (f"{name}_5" if name == "one_row" else name)
         with pytest.raises(ValueError, match=f"the arm {name} is given {len(wrong)} ids"):
             Arm(name, wrong)
@@ -189,7 +196,7 @@ def test_an_arm_has_the_rows_it_needs_and_a_key_of_its_own():
 
 def test_every_check_that_looks_at_arms_has_one():
     assert {kind.check for kind in ARMS.values()} - {None} == {*SUSPICIONS} - {"ranking"}
-    assert {kind.against for kind in ARMS.values()} == {"ticket", "embed_tuning"}
+    assert {kind.against for kind in ARMS.values()} == {"ticket", "embed_tuning", "tuned"}
 
 
 @pytest.mark.parametrize(
@@ -475,7 +482,7 @@ def test_every_control_is_a_choice_of_rows(made, audited):
     ticket, _, about = made
     arms = {a.key: a for a in audited[0].arms}
     ids, examples = set(ticket.ids.tolist()), encode_all(about["tokenizer"], ticket.prompt, about["train"])
-    assert set(ARMS) - {"one_row"} <= arms.keys() and f"one_row_{ticket.ids[0]}" in arms
+    assert set(ARMS) - {"one_row", "tuned", "tuned_stop"} <= arms.keys() and f"one_row_{ticket.ids[0]}" in arms
     for name in ("random_rows", "count_matched_rows", "template_rows", "all_but_ticket", "frozen_ticket"):
         assert not ids & set(arms[name].ids), name
     single = {a.ids[0]: a for a in arms.values() if a.name == "one_row"}
@@ -813,6 +820,208 @@ def test_audit_from_the_command_line_and_the_card(made, audited, tmp_path):
     assert status == 2 and "no ticket.json" in error
     status, _, error = invoke("audit", folder, "--test", world.split("test"), *short, "--train", "none")
     assert status == 0, error
+
+
+# Any other tuning
+
+CAUSAL = dict(task_type="CAUSAL_LM")
+ADAPTERS = {
+    "lora": lambda: LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **CAUSAL),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL),
+    "tokens": lambda: TrainableTokensConfig(token_indices=[9, 10], init_weights=False, **CAUSAL),
+    "shira": lambda: ShiraConfig(r=4, init_weights=False, **CAUSAL),
+}
+FEW = AuditSettings(generation=Generation(max_new_tokens=6), bootstrap=Bootstrap(samples=50), progress=False)
+quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def adapted(kind, name, dtype=torch.float32, size=0.3):
+    "A model that talks, and a copy of it with an adapter of random numbers."
+    model = talker(kind).to(dtype)
+    if kind == "qwen2":
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    tuned = get_peft_model(copy.deepcopy(model), ADAPTERS[name]()).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            if p.requires_grad:
+                p += size * torch.randn_like(p)
+    return model, tuned
+
+
+@quiet
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma"])
+def test_an_adapter_is_audited_by_its_folder_and_in_memory(tmp_path, kind, name):
+    if (kind, name) == ("gpt2", "shira"):
+        pytest.skip("PEFT has no SHiRA for GPT-2's layers")
+    model, tuned = adapted(kind, name, torch.bfloat16 if kind == "qwen2" else torch.float32, 3.0)
+    tuned.save_pretrained(tmp_path / "adapter")
+    given = dict(tokenizer=with_bos(), settings=FEW)
+    before = [fingerprint(p) for p in model.parameters()]
+    found = audit_models(model, tmp_path / "adapter", sentences(), ASKED, **given)
+    assert [a.key for a in found.arms] == [*found.translations] == ["base", "tuned", "tuned_stop"]
+    assert [t.tokens for t in found.translations["base"]] == written(model, 1)
+    said = [translate(m, with_bos(), sentences(), ASKED, generation=FEW.generation, progress=False) for m in (tuned,)]
+    assert found.translations["tuned"] == said[0] != found.translations["base"]
+    assert [fingerprint(p) for p in model.parameters()] == before  # the base that is given stays plain
+    assert audit_models(None, tuned, sentences(), ASKED, **given).translations == found.translations  # switched off
+    assert audit_models(model, tuned, sentences(), ASKED, **given).verdict == found.verdict
+    others = {n for n in ARMS if n not in ("base", "ticket", "forced_stop", "tuned", "tuned_stop")}
+    assert {*found.facts["left_out"]} == others | {f"check {n}" for n in SUSPICIONS} and found.checks == []
+    assert any(line.startswith("Left out: embed_tuning, only_instruction") for line in found.lines)
+    assert "looked for" not in found.table() and "channel" not in found.table() and "tuned model" in found.table()
+    assert plot_audit(found).figure
+
+
+def on_disk(model, folder, tokenizer=None):
+    model.save_pretrained(folder)
+    (tokenizer or with_bos()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+def test_a_pair_of_checkpoints_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, kind):
+    "In 16 bits, one in memory at a time, the tuned one first; what was written is taken over, and no other text is."
+    base = talker(kind).to(torch.bfloat16)
+    other, ends = talker(kind, seed=1), copy.deepcopy(base)
+    ends.generation_config.eos_token_id = 62  # the same numbers, and another end
+    files = [on_disk(m, tmp_path / n) for m, n in ((base, "base"), (other, "tuned"), (ends, "ends"))]
+    plain = load_model(files[0])[0]
+    calls, real, loads, load = counting(monkeypatch), audit_module._generated, [], audit_module.load_model
+
+    def loaded(name):
+        gc.collect()
+        assert not [m for m in loads if m() is not None]
+        model, tokenizer = load(name)
+        loads.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(audit_module, "load_model", loaded)
+    how = dict(out=tmp_path / "audit", settings=FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_module, "_generated", lambda a, *more: real(a, *more) if a.name == "tuned" else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            audit_models(*files[:2], sentences(), ASKED, **how)
+    assert calls == ["tuned"] and len(loads) == 2
+    done = audit_models(*files[:2], sentences(), ASKED, **how)
+    assert calls == ["tuned", "base"] and {p.name for p in (tmp_path / "audit").iterdir()} == {
+        "arms",
+        "audit.json",
+        "audit.md",
+        "audit.png",
+    }
+    assert [t.tokens for t in done.translations["base"]] == written(plain, 1)
+    record = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert [*record["arms"]] == ["base", "tuned", "tuned_stop"] and "one_row" in record["left_out"]
+    assert "ticket" not in record["arms"] and record["settings"]["train_sentences"] == 0
+    audit_models(files[0], files[2], sentences(), ASKED, **how)
+    assert calls == ["tuned", "base", "tuned"]  # another end is another model
+    audit_models(files[0], files[2], sentences(), ASKED, **how)
+    assert calls == ["tuned", "base", "tuned"]
+
+
+def test_another_scale_of_an_adapter_is_another_model(tmp_path, monkeypatch):
+    model, tuned = adapted("llama", "lora")
+    calls, how = counting(monkeypatch), dict(tokenizer=with_bos(), out=tmp_path / "audit", settings=FEW)
+    tuned.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    for _ in range(2):
+        audit_models(model, tmp_path / "adapter", sentences(), ASKED, **how)
+    assert calls == ["tuned", "base"]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
+    audit_models(model, tmp_path / "adapter", sentences(), ASKED, **how)
+    assert calls == ["tuned", "base", "tuned"]
+
+
+@quiet
+def test_what_is_no_pair_is_refused_and_writes_nothing(tmp_path):
+    model, tuned = adapted("llama", "lora")
+    tuned.save_pretrained(tmp_path / "adapter")
+    more = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    foreign = PreTrainedTokenizerFast(tokenizer_object=more, eos_token="w63")
+    other = on_disk(model, tmp_path / "other", foreign)
+    base, wrapped = on_disk(model, tmp_path / "base"), talker("llama")
+    get_peft_model(wrapped, ADAPTERS["lora"]())
+    deep = talker("llama", hidden=32)
+    given = dict(tokenizer=with_bos())
+    ticket_plan = (Arm("base"), Arm("ticket", (5,)), Arm("noise", (5,)))
+    for pair, how, words in (
+        ((None, model), given, "there is no base"),
+        ((None, base), {}, "there is no base"),
+        ((None, tmp_path / "adapter"), {}, "there is no base"),  # made in memory: it names none
+        ((model, tuned), {}, "there is no tokenizer"),
+        ((wrapped, tuned), given, "give none as base"),
+        ((deep, tmp_path / "adapter"), given, "does not fit this model"),
+        ((base, other), {}, "other vocabularies .64 and 64 tokens, 128 entries differ"),
+        ((base, tmp_path / "nowhere"), {}, "neither a checkpoint folder"),
+        ((model, tuned), given | dict(train=sentences()), "were used for tuning"),
+        ((model, tuned), given | dict(out=tmp_path / "base"), "holds something else"),
+    ):
+        with pytest.raises((ValueError, FileExistsError, FileNotFoundError), match=words) as caught:
+            audit_models(*pair, sentences(), ASKED, **{"settings": FEW, "out": tmp_path / "no"} | how)
+        assert "\n" not in str(caught.value) and not list(tmp_path.glob("no/arms/[!.]*"))
+    plain = replace(FEW, arms=ticket_plan)  # a ticket's plan is not asked for
+    assert len(audit_models(model, tuned, sentences(), ASKED, **given, settings=plain).arms) == 3
+
+
+def test_a_tuned_model_is_no_arm_of_a_ticket(made, tmp_path):
+    for arms in ((Arm("base"), Arm("tuned")), (Arm("base"), Arm("ticket", made[0].ids), Arm("tuned_stop"))):
+        with pytest.raises(ValueError, match="see audit_models"):
+            run(made, tmp_path / "no", arms=arms)
+
+
+@quiet
+def test_a_lora_that_learnt_to_stop_from_the_command_line(made, tmp_path):
+    "In the small world there is little to gain but stopping, whoever learns it."
+    world, (_, _, about) = build_world(0, "small", progress=False), made
+    learnt = encode_all(about["tokenizer"], world.prompt, load_pairs(world.split("train"), limit=100))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **CAUSAL)
+    tuned = peft_tune(about["model"], config, learnt, Training(1e-2, 2, 10, 0, False))
+    tuned.save_pretrained(tmp_path / "lora")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "lora").iterdir()}
+    out, asked = tmp_path / "audit", ("--template", "babel", "--languages", LANGUAGES, "--limit", 30)
+    words = ("audit", tmp_path / "lora", "--test", world.split("test"), *asked, "--max-new-tokens", 40, "--out", out)
+    status, said, error = invoke(*words)
+    assert status == 0, error
+    record = json.loads((out / "audit.json").read_text())
+    assert record["verdict"] == "stopping" and said.rstrip("\n").split("\n")[-1] == record["sentence"]
+    assert f"* {record['lines'][-2]}\n" in said and record["lines"][-2].startswith("Left out")
+    written = {p: p.stat().st_mtime_ns for p in (out / "arms").iterdir()}
+    status, said, error = invoke(*words, "--model", world.folder, "--json")  # the base that the adapter names, again
+    assert status == 0 and json.loads(said)["arms"] == record["arms"], error
+    assert {p: p.stat().st_mtime_ns for p in (out / "arms").iterdir()} == written
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "lora").iterdir()} == before
+
+
+@quiet
+def test_an_adapter_that_is_a_choice_of_rows_gets_a_tickets_arms(made, tmp_path, monkeypatch):
+    world, (ticket, _, _) = build_world(0, "small", progress=False), made
+    monkeypatch.chdir(tmp_path)
+    ticket.save(tmp_path / "ticket")
+    (tmp_path / "rows").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "ticket" / name, tmp_path / "rows")
+    asked = ("--template", "babel", "--languages", LANGUAGES, "--limit", 6, "--fast", "--max-new-tokens", 8)
+    words = ("--test", world.split("test"), *asked, "--samples", 50)
+    status, said, error = invoke("audit", "rows", *words)
+    assert status == 0 and "carried by the prompt's rows" in said.lower(), error
+    record = json.loads((tmp_path / "rows-audit" / "audit.json").read_text())
+    assert {"ticket", "only_instruction", "noise"} <= {*record["arms"]}
+    assert {*record["left_out"]} >= {"random_rows", "embed_tuning"} and sorted(p.name for p in tmp_path.iterdir()) == [
+        "rows",
+        "rows-audit",
+        "ticket",
+    ]
+    for subject, more, part in (
+        ("rows", ("--test", ""), "a tuned model does not record its test data|the ticket does not record its test"),
+        ("rows", ("--template", ""), "records no prompt"),
+        (world.folder, (), "does not say which model was tuned: name it with --model"),
+        ("rows-audit", (), "no ticket.json, no adapter_config.json and no config.json"),
+    ):
+        status, _, error = invoke("audit", subject, *words, *more)
+        assert status == 2 and re.search(part, error) and error.strip().count("\n") == 0, (more, error)
 
 
 def test_the_cards_header_survives_a_round_trip(made, tmp_path):
