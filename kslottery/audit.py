@@ -1003,7 +1003,8 @@ def _found(bench, place, written) -> Audit:
     with tempfile.TemporaryDirectory() as spare:
         folder = place or Path(spare)
         audit = _judged(bench, written(folder / "arms"), facts)
-        _write(audit, folder)
+    if place:
+        _write(audit, place)
     return audit
 
 # %% ../nbs/16_audit.ipynb #70d2b3fc
