@@ -10,9 +10,9 @@ PORT ?= 8000
 JOBS ?= 1
 SCALE ?= 1
 
-.PHONY: help setup setup-browser setup-llama hooks run run-real lint test test-full docs docs-serve export house \
-  notebooks dist clean fuzz faults bench-ks bench-bank bench-step bench-prefix engines audit-worlds stability verdict \
-  real
+.PHONY: help setup setup-browser setup-llama setup-harness hooks run run-real lint test test-full docs docs-serve \
+  export house notebooks dist clean fuzz faults bench-ks bench-bank bench-step bench-prefix engines audit-worlds stability \
+  verdict real
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -44,6 +44,9 @@ LLAMA = -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF \
 
 setup-llama: .venv/ready ## llama.cpp and its Python package, built here, for the slow tests and make engines
 	@CMAKE_ARGS="$(LLAMA)" $(PIP) llama-cpp-python gguf
+
+setup-harness: .venv/ready ## lm-evaluation-harness, for the page on it
+	@$(PIP) --no-build-isolation -e '.[harness]'
 
 hooks: .venv/ready ## git checks what you commit: notebooks clean, library in sync, ruff
 	@$(BIN)/pre-commit install

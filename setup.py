@@ -12,7 +12,8 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-run, docs, spbleu, llama = (cfg[f"{name}_requirements"].split() for name in ("run", "docs", "spbleu", "llama"))
+EXTRAS = ("run", "docs", "spbleu", "llama", "harness")
+run, docs, spbleu, llama, harness = (cfg[f"{name}_requirements"].split() for name in EXTRAS)
 readme = here / "README.md"
 
 
@@ -66,6 +67,7 @@ setup(
         "docs": docs,
         "spbleu": spbleu,
         "llama": llama,
+        "harness": harness,
         "dev": run + docs + spbleu + cfg["dev_requirements"].split(),
     },
     entry_points={"console_scripts": ["kslottery=kslottery.cli:main"], "nbdev": ["kslottery=kslottery._modidx:d"]},

@@ -29,15 +29,17 @@ from .core import cache_dir, must, one_of
 _USES = {  # what for -> (packages, programs, how to get what is missing)
     "kslottery run": (("papermill", "nbconvert", "latex2mathml", "ipykernel"), (), "pip install 'kslottery[run]'"),
     "spBLEU": (("sentencepiece",), (), "pip install 'kslottery[spbleu]'"),
+    "lm-evaluation-harness": (("lm-eval",), (), "pip install 'kslottery[harness]'"),
     "COMET": ((), ("comet-score",), "pip install unbabel-comet, in an environment of its own"),
 }
+_MODULES = {"pyyaml": "yaml", "lm-eval": "lm_eval"}  # where a module's name is not its package's
 _SPARED = {"numba": "the KS scan takes its slower engine"}  # required, but without it no more happens than this
 
 
 def _installed(package):
     # Its version; None if the package, or its module, is not there.
     try:
-        return metadata.version(package) if util.find_spec({"pyyaml": "yaml"}.get(package, package)) else None
+        return metadata.version(package) if util.find_spec(_MODULES.get(package, package)) else None
     except (metadata.PackageNotFoundError, ValueError):
         return None
 
