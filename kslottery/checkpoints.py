@@ -223,7 +223,6 @@ class Checkpoint:
         found = [name for name in self.names if name.endswith(_HEADS)]
         return found[0] if len(found) == 1 and not self.tied else None
 
-    @property
     def padding(self) -> int | None:
         """The token that its configuration never has learned; None if there is none, or if it ends texts, too."""
         pad, ends = self._config.get("pad_token_id"), self._config.get("eos_token_id")

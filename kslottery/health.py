@@ -251,8 +251,8 @@ def row_health(input: Any, output: Any = None, tokenizer: Any = None, *, padding
     ----------
     input : ndarray or Tensor of shape (V, d), floating point
         The input embedding, or anything with `shape` that is read by slices, such as `Checkpoint` gives.
-    output : ndarray or Tensor of shape (V, d'), floating point, optional
-        The head; None for a tied model.
+    output : ndarray or Tensor of shape (V, d), floating point, optional
+        The head, whose d may be another; None for a tied model.
     tokenizer : PreTrainedTokenizerBase, optional
         For the tokens' texts, the special ones, and which rows are spare.
     padding : int, optional
@@ -368,7 +368,7 @@ def checkpoint_health(checkpoint: Any, base: Any = None, *, tensor: str | None =
         checkpoint[names["input"]],
         checkpoint[head] if "output" in names else None,
         tokenizer,
-        padding=checkpoint.padding,
+        padding=checkpoint.padding(),
     )
     moves = [] if base is None else _moves(checkpoint, base, names, tokenizer)
     return replace(health, notes=(*notes, *_end(moves, tokenizer, before)), moves=tuple(moves))
