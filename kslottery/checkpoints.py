@@ -44,6 +44,7 @@ __all__ = ['Checkpoint', 'open_pair', 'VocabularyMatch', 'CheckpointScan', 'scan
 # %% ../nbs/13_checkpoints.ipynb #23c10e80
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")  # a folder with none of these has no tokenizer
+_TEXTS = ("*.safetensors", "*.json", "*.txt", "*.jinja")  # what else a checkpoint needs, without pickled weights
 
 _EMBEDDINGS = tuple(f"{e}.weight" for e in ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"))
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -100,7 +101,7 @@ def _files(source):  # of a checkpoint, and the folder they lie in
             FileNotFoundError,
         )
         try:  # without pickled weights
-            path = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", *_VOCABULARIES]))
+            path = Path(snapshot_download(source, allow_patterns=[*_TEXTS, *_VOCABULARIES]))
         except Exception as error:
             raise FileNotFoundError(
                 plain(

@@ -149,14 +149,19 @@ _Revision = Annotated[
 ]
 _Languages = Annotated[str, typer.Option(help="source-target (default: the ticket's).")]
 _Template = Annotated[
-    str, typer.Option(help="The prompt: a preset, chat, or a text with {source} (default: the ticket's).")
+    str, typer.Option(help="The prompt: a preset, chat, or a text with {source} (default: the ticket's, or prompt).")
 ]
 _Limit = Annotated[
     int,
-    typer.Option(min=0, help="Use only the first so many sentence pairs (default: all, or as the ticket records)."),
+    typer.Option(
+        min=0, help="Use only the first so many sentence pairs (default: all, or as the ticket records; stops: 50)."
+    ),
 ]
 _MaxNewTokens = Annotated[
-    int, typer.Option(min=0, help="Tokens to generate, at most (default: as the ticket was evaluated, or 256).")
+    int,
+    typer.Option(
+        min=0, help="Tokens to generate, at most (default: as the ticket was evaluated, or 256; stops: by the data)."
+    ),
 ]
 _BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Sentences at a time (default: as the ticket was evaluated, or 16).")
@@ -904,7 +909,7 @@ def _measured(report, model, adapter, tokenizer, data, prompt, limit, generation
 
 @app.command()
 def stops(
-    model: Annotated[str, typer.Argument(help="The checkpoint: a folder or a Hub id.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.")],
     adapter: Annotated[
         Path | None, typer.Option(callback=_home, help="The folder of a PEFT adapter on it; its tokenizer comes first.")
     ] = None,
@@ -912,17 +917,11 @@ def stops(
         str,
         typer.Option(help="Training data: JSON lines of input_ids and labels, or of messages; or sentence pairs."),
     ] = "",
-    tokenizer: Annotated[
-        str, typer.Option(help="The tokenizer, a folder or a Hub id (default: the adapter's or the model's).")
-    ] = "",
-    template: Annotated[
-        str, typer.Option(help="The prompt of pairs: a preset, chat, or a text with {source}.")
-    ] = "prompt",
-    languages: Annotated[str, typer.Option(help="source-target of pairs, for a prompt that says the languages.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="Look at the first so many examples.")] = 50,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens to generate, at most (default: twice the longest answer).")
-    ] = 0,
+    tokenizer: _Tokenizer = None,
+    template: _Template = "",
+    languages: _Languages = "",
+    limit: _Limit = 0,
+    max_new_tokens: _MaxNewTokens = 0,
     static: Annotated[bool, typer.Option("--static", help="Look at files only, and load no model.")] = False,
     as_json: _Json = False,
 ) -> None:
@@ -932,13 +931,13 @@ def stops(
     """
     from kslottery.stops import examine_stops
 
-    prompt = kslottery.Prompt(template, languages or None)
+    prompt, limit = kslottery.Prompt(template or "prompt", languages or None), limit or 50
     generation = kslottery.Generation(max_new_tokens) if max_new_tokens else None
     found = examine_stops(
-        model, adapter=adapter, tokenizer=tokenizer or None, data=data or None, prompt=prompt, limit=limit
+        checkpoint, adapter=adapter, tokenizer=tokenizer, data=data or None, prompt=prompt, limit=limit
     )
     if data and not static:
-        found = _measured(found, model, adapter, tokenizer, data, prompt, limit, generation)
+        found = _measured(found, checkpoint, adapter, tokenizer, data, prompt, limit, generation)
     _say(found.as_dict(), as_json, "\n\n".join(str(part) for part in (found, found.example, found.measured) if part))
     raise typer.Exit(0 if found.ok else 1)
 

@@ -954,6 +954,7 @@ class Options(Kind):
         "peft": ["ticket", "--out", "new"],
         "card": ["ticket"],
         "babel": ["--out", "new"],
+        "stops": ["base", "--data", "pairs.tsv", "--limit", "2"],
         "run": ["nb.ipynb"],
         "doctor": [],
     }

@@ -582,6 +582,7 @@ def test_an_option_means_the_same_everywhere():
         "languages",
         "template",
         "limit",
+        "tokenizer",
         "groups",
         "max_new_tokens",
         "batch_size",
