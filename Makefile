@@ -145,3 +145,7 @@ verdict: .venv/ready ## how often the verdict is wrong, 2,000 samples a cell (DA
 real: .venv/ready ## the page "Real language": scan, arms, audit, certificate (MODEL=, DATA=<.../short>; half an hour)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) \
 	  --out benchmarks/results/real.json
+
+stops: .venv/ready ## which rows stop a model, and the certificate (MODEL=, DATA=<.../short>; about twelve minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stops.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) \
+	  --out benchmarks/results/stops.json

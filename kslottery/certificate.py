@@ -169,6 +169,7 @@ _BRIEFLY = {
     "exact": "at most {}% of sentences translated otherwise than by the reference model",
     "share": "at most {}% of sentences translated otherwise than by the reference model",
     "tokens": "another next token than the reference model's at no more than {}% of positions",
+    "stopping": "at most {}% of sentences without an end in time",
     "quality_difference": "at most {} chrF points lost on average",
     "quality_shortfall": "at most {} chrF points lacking on average, gains not counted",
     "loss": "a mean loss of at most {}%",
@@ -320,6 +321,7 @@ CLAIMS = {
     "exact": "the share of sentences like these that {ticket} translates otherwise than the reference model{part}",
     "share": "the share of sentences that {ticket} translates otherwise than the reference model{part}, "
     "on average over {unit}s like these,",
+    "stopping": "the share of sentences like these at which the model with {ticket} has not stopped{part}",
     "tokens": "the share of positions of the reference model's own answer{part} at which {ticket} would write another "
     "next token, on average over {unit}s like these,",
     "quality_difference": "what {ticket} loses against the reference model in sentence chrF{part}, "
@@ -328,6 +330,7 @@ CLAIMS = {
     "on average over {unit}s like these and with 0.01 for one point,",
     "loss": "the mean loss of {ticket}, on {unit}s like these,",
 }
+_COUNTED = ("exact", "stopping")  # each loss is 0 or 1
 _UNKNOWN = (
     "it is not recorded which sentences were used to tune and select the ticket: name their hashes, "
     "or pass vouched=True (--vouched) if you answer for it that these are others"
@@ -495,7 +498,7 @@ def _mean(values: np.ndarray) -> float:  # exactly rounded, and so the same in e
 def _distinct(losses: Losses) -> Losses:
     # Each sentence once.
     copies = list(_members(losses.loose or losses.hashes or range(len(losses.values))).values())
-    joined = max if losses.kind == "exact" else _mean
+    joined = max if losses.kind in _COUNTED else _mean
     firsts = lambda names: tuple(names[m[0]] for m in copies if names)
     return replace(
         losses,
@@ -518,7 +521,7 @@ def _claim(losses: Losses, ticket: str, note: str = "") -> str:
     most, size = losses.prints.get("max_new_tokens"), losses.prints.get("batch_size", 1)
     parts = [
         _part(losses.extraction),
-        f"at most {most} tokens" if most else "",
+        f"{'within' if losses.kind == 'stopping' else 'at most'} {most} tokens" if most else "",
         f"in batches of {size}" if size > 1 and losses.prints.get("dtype") in ("bfloat16", "float16") else "",
     ]
     notes = filter(None, (note, losses.made))
@@ -532,7 +535,7 @@ def _assumptions(losses: Losses, method: str = "auto") -> tuple[str, ...]:
     known = f"the sentences recorded with the ticket ({used}) are all that were used to tune, rank or select it"
     asked = "the caller is right that none of them was used to tune, rank or select anything"
     more = {
-        "no loss can be other than 0 or 1": losses.kind != "exact" and method == "clopper-pearson",
+        "no loss can be other than 0 or 1": losses.kind not in _COUNTED and method == "clopper-pearson",
         f"{_count(repeats, 'repeat')} of a sentence were left out, and in that source, too, each counts once": repeats,
         f"each {unit} counts once, whatever its length: nothing is claimed about the mean over sentences": (
             unit != "sentence"
@@ -633,7 +636,7 @@ def _chosen(losses: Losses, method: str) -> str:
         "betting depends on the order of the losses, and no manifest fixed it before they were taken: "
         "use mixture, which does not, or certify by a manifest (--until)",
     )
-    kind = "clopper-pearson" if losses.kind == "exact" else "mixture"
+    kind = "clopper-pearson" if losses.kind in _COUNTED else "mixture"
     return kind if method == "auto" else method
 
 
@@ -660,8 +663,8 @@ def risk_bound(values: Losses | Sequence[float] | np.ndarray, delta: float, meth
     delta : float
         The chance that the bound is wrong.
     method : {"auto", "clopper-pearson", "mixture", "hoeffding-bentkus", "betting"}
-        Whose p-value is inverted. "auto" is Clopper-Pearson for `Losses` of the kind "exact" and the mixture for all
-        others; "betting" needs losses with a manifest.
+        Whose p-value is inverted. "auto" is Clopper-Pearson for `Losses` of the kinds "exact" and "stopping" and the
+        mixture for all others; "betting" needs losses with a manifest.
 
     Returns
     -------

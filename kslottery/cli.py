@@ -907,6 +907,23 @@ def _measured(report, model, adapter, tokenizer, data, prompt, limit, generation
     return report.judged(measured)
 
 
+def _mended(report, model, tokenizer, data, fresh, out, prompt, settings, as_json):
+    # Tunes the rows that stop the model, certifies them, and writes the ticket; whether that came out as asked.
+    from kslottery.stops import mend_stops, stop_sentences
+
+    disagree = [str(finding) for finding in report.findings if finding.cause == "ends_disagree"]
+    must(not disagree, f"rows cannot mend what files say: {'; '.join(disagree)}")
+    base, words = load_model(model)
+    words = load_tokenizer(tokenizer) if tokenizer else words
+    (train, asked), (others, _) = (stop_sentences(words, path, prompt, None) for path in (data, fresh))
+    must(train and others, "rows are tuned and certified on sentences, and records of input_ids are none: give those")
+    done = mend_stops(base, words, train, others, asked, settings=settings)
+    if out and done.ticket:
+        done.save(out)
+    _say(done.as_dict(), as_json, done, *([f"The ticket: {out}"] if out and done.ticket else []))
+    return done.ok
+
+# %% ../nbs/22_cli.ipynb #5d27e9f0
 @app.command()
 def stops(
     checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.")],
@@ -923,19 +940,35 @@ def stops(
     limit: _Limit = 0,
     max_new_tokens: _MaxNewTokens = 0,
     static: Annotated[bool, typer.Option("--static", help="Look at files only, and load no model.")] = False,
+    mend: Annotated[bool, typer.Option("--mend", help="Tune the rows that stop it on all of --data.")] = False,
+    fresh: Annotated[str, typer.Option(help="With --mend: other sentences, for the certificate.")] = "",
+    rate: Annotated[float, typer.Option(help="With --mend: the share of answers that must end.")] = 0.95,
+    out: Annotated[Path | None, typer.Option(callback=_home, help="With --mend: the folder of the ticket.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Say why a model does not stop: five causes, each with its mend. Exit status: 0 nothing was found, 1 a cause was.
 
+    With --mend it is 0 if the rate that was asked for is certified, else 1.
+
     Example: kslottery stops my-finetune --data train.jsonl
     """
-    from kslottery.stops import examine_stops
+    from kslottery.stops import MendSettings, examine_stops
+    from kslottery.ticket import is_ticket
 
+    must(not mend or data and fresh, "--mend tunes on --data and certifies on --fresh: name both")
+    must(mend or not (fresh or out), "--fresh and --out are for --mend, which is not there: add it, or drop them")
+    must(not mend or not adapter, "--mend tunes rows of a plain model: merge the adapter into it first")
+    if mend and out:
+        refuse_strangers(out, is_ticket)
     prompt, limit = kslottery.Prompt(template or "prompt", languages or None), limit or 50
     generation = kslottery.Generation(max_new_tokens) if max_new_tokens else None
     found = examine_stops(
         checkpoint, adapter=adapter, tokenizer=tokenizer, data=data or None, prompt=prompt, limit=limit
     )
+    if mend:
+        settings = MendSettings(rate=rate, generation=generation, progress=not as_json)
+        done = _mended(found, checkpoint, tokenizer, data, fresh, out, prompt, settings, as_json)
+        raise typer.Exit(0 if done else 1)
     if data and not static:
         found = _measured(found, checkpoint, adapter, tokenizer, data, prompt, limit, generation)
     _say(found.as_dict(), as_json, "\n\n".join(str(part) for part in (found, found.example, found.measured) if part))

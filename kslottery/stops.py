@@ -9,21 +9,55 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partialmethod
+from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .calibration import Calibration, CertifySettings, _sealed, _spent, _told
+from .certificate import Certificate, _inside, _percent, _sure, certify_agreement, sentences_needed
 from .checkpoints import Checkpoint
-from .core import home_path, must, one_of, plain, quiet_transformers, read_json, sound
-from .data import Pair, Prompt, collate, encode_all, load_pairs, read_lines, token_text
-from .decomposition import Interval, forced_stop
-from .evaluation import Generation, Translation, accuracy, score, translate
+from kslottery.core import (
+    home_path,
+    must,
+    one_of,
+    plain,
+    quiet_transformers,
+    read_json,
+    sound,
+    text_table,
+    to_accelerator,
+)
+from kslottery.data import (
+    INSTRUCTION,
+    Example,
+    Pair,
+    Prompt,
+    Role,
+    collate,
+    encode_all,
+    load_pairs,
+    read_lines,
+    token_text,
+)
+from .decomposition import Decomposition, Interval, decompose, forced_stop, simultaneous
+from .evaluation import METRICS, Generation, Translation, _generation_config, accuracy, score, translate
+from .lottery import GRADIENT_SENTENCES, gradient_scan
+from .rows import TunedRows, input_embedding, is_tied
+from .ticket import Provenance, Ticket
+from .tuning import Recipe, partial_tune, tune_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
-__all__ = ['CAUSES', 'Finding', 'StopReport', 'Shown', 'examine_stops', 'Stopping', 'measure_stops', 'stop_sentences']
+__all__ = ['CAUSES', 'Finding', 'StopReport', 'Shown', 'examine_stops', 'Stopping', 'measure_stops', 'stop_sentences',
+           'MendSettings', 'row_candidates', 'Candidate', 'Mended', 'mend_stops']
 
 # %% ../nbs/18_stops.ipynb #db29b890
 CAUSES = {  # cause -> its mend
@@ -739,7 +773,7 @@ def _judged(report, measured):  # findings and notes
 
 
 def stop_sentences(
-    tokenizer: Any, data: str | Path, prompt: Prompt | None = None, limit: int = 50
+    tokenizer: Any, data: str | Path, prompt: Prompt | None = None, limit: int | None = 50
 ) -> tuple[list[Pair], Prompt]:
     """Read the sentences on which a model's stopping can be measured.
 
@@ -751,8 +785,8 @@ def stop_sentences(
         As for `examine_stops`.
     prompt : Prompt, optional
         How pairs are put to the model.
-    limit : int, default 50
-        How many, the first ones.
+    limit : int or None, default 50
+        How many, the first ones; None takes all.
 
     Returns
     -------
@@ -781,3 +815,499 @@ def _conversation(tokenizer, where, record):  # the prompt without the BOS that 
     said = answer.get("content")
     must(isinstance(said, str) and said.strip(), f"{where} has an empty answer: remove it")
     return Pair(where, text, said)
+
+# %% ../nbs/18_stops.ipynb #c81b0a51
+@dataclass(frozen=True)
+class MendSettings:
+    """How rows that stop a model are chosen and certified.
+
+    Attributes
+    ----------
+    rate : float, default 0.95
+        The share of answers that must end in time.
+    delta : float, default 0.05
+        The chance of a wrong certificate.
+    most : int, default 7
+        The most rows of a candidate.
+    develop : int, default 100
+        The most tuning sentences that candidates are compared on; never more than a fifth.
+    tolerance : float, default 1.0
+        So many points may first lines lose against the base on those sentences.
+    metric : str, default "chrf"
+        What they are scored by, a name in `kslottery.evaluation.METRICS`.
+    generation : Generation, optional
+        How answers are generated; `max_new_tokens` is what "in time" means, the end token included (default: twice the
+        longest true answer).
+    seed : int, default 0
+        Of the choice of the sentences to compare on.
+    progress : bool, default True
+        Show bars.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or the metric is unknown.
+    """
+
+    rate: float = 0.95
+    delta: float = 0.05
+    most: int = 7
+    develop: int = 100
+    tolerance: float = 1.0
+    metric: str = "chrf"
+    generation: Generation | None = None
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _inside("rate", self.rate), _inside("delta", self.delta)
+        one_of("metric", self.metric, METRICS)
+        must(
+            min(self.most, self.develop) >= 1 and self.tolerance >= 0,
+            f"most, develop and tolerance are {self.most}, {self.develop}, {self.tolerance}: give at least one row, "
+            "one sentence, and a loss of at least 0",
+        )
+
+    @property
+    def tolerated(self) -> float:
+        "The share of answers that may go wrong, 1 - rate."
+        return round(1 - self.rate, 12)
+
+# %% ../nbs/18_stops.ipynb #51f0c7be
+def _most_common(tokens, most) -> list[int]:  # of those that make up a hundredth or more
+    counts = Counter(tokens)
+    return [i for i, n in counts.most_common(most) if 100 * n >= counts.total()]
+
+
+def _distinct_tail(example) -> tuple[int, ...]:  # the prompt behind the source, without repeats, the last token first
+    last = max(n for n, role in enumerate(example.roles[: example.prompt]) if role == Role.SOURCE)
+    return tuple(dict.fromkeys(reversed(example.ids[last + 1 : example.prompt])))
+
+
+def row_candidates(
+    model: Any, tokenizer: Any, examples: list[Example], most: int = 7
+) -> dict[str, tuple[str, list[int]]]:
+    """Choices of rows that may teach a model to stop.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The plain base.
+    tokenizer : PreTrainedTokenizerFast
+        Its tokenizer.
+    examples : list of Example
+        The tuning data, as from `encode_all`.
+    most : int, default 7
+        The most rows of a choice.
+
+    Returns
+    -------
+    dict of str to (str, list of int)
+        Name -> the mode of the rows (see `TunedRows`) and their ids. What a prompt or a model does not have is left
+        out, and so is what would be the same as another.
+
+    Raises
+    ------
+    ValueError
+        If there are no examples, or the end token has no row.
+    """
+    end, size = tokenizer.eos_token_id, len(input_embedding(model).weight)
+    must(examples, "there are no examples to choose rows by")
+    must(end < size, f"the end token {end} has no row in an embedding of {size}: add it (kslottery.rows.add_tokens)")
+    scored = "shared" if is_tied(model) else "head"
+    around = [i for e in examples for i, role in zip(e.ids, e.roles) if role in (*INSTRUCTION, Role.SPECIAL)]
+    breaks = {i for i in {*around} if "\n" in tokenizer.decode([i])}
+    tail = list(Counter(map(_distinct_tail, examples)).most_common(1)[0][0])
+    scan = gradient_scan(model, examples[:GRADIENT_SENTENCES])
+    found = {
+        "end token, input": ("input_only", [end]),
+        f"end token, {scored}": (scored, [end]),
+        "line break": ("input_only", _most_common((i for i in around if i in breaks), 1)),
+        "prompt's last token": ("input_only", tail[:1]),
+        "prompt's tail": ("input_only", tail[:most]),
+        "answers' last tokens": ("input_only", _most_common((e.ids[-2] for e in examples), most)),
+        "longest gradient": ("input_only", scan.top(min(most, int(np.count_nonzero(scan.statistic)))).tolist()),
+    }
+    kept = {(mode, *sorted(ids)): name for name, (mode, ids) in reversed(found.items()) if ids}
+    return {name: choice for name, choice in found.items() if name in kept.values()}
+
+# %% ../nbs/18_stops.ipynb #7f25d3b6
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A choice of rows, and what the model does with them on the sentences that candidates are compared on.
+
+    Attributes
+    ----------
+    name, mode : str
+        Which rows, and how they are read (see `TunedRows`).
+    ids, tokens : tuple
+        Of the rows.
+    rows : TunedRows
+        As they were tuned, without the sentences that candidates are compared on.
+    ends : float
+        The share of answers that end in time.
+    p_end : float
+        The mean probability of the end token right behind a true answer.
+    early : float
+        The mean chance of the end token anywhere before that.
+    whole, first_line : float
+        Scores of the two parts of a continuation.
+    texts : tuple of Translation
+        What the model wrote.
+    result : str
+        What follows: "chosen", or why it was not.
+    """
+
+    name: str
+    mode: str
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    rows: TunedRows
+    ends: float
+    p_end: float
+    early: float
+    whole: float
+    first_line: float
+    texts: tuple[Translation, ...] = ()
+    result: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        "Everything but rows and texts, in plain types."
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "texts")}
+
+# %% ../nbs/18_stops.ipynb #8e1f40ad
+class _Bench(NamedTuple):  # what all candidates share
+    model: Any
+    tokenizer: Any
+    prompt: Prompt
+    recipe: Recipe
+    settings: MendSettings
+    examples: list[Example]  # to tune on
+    develop: list[Pair]  # to compare on
+    shown: list[Example]  # the same
+
+
+def _end_chances(bench, rows) -> np.ndarray:
+    # The mean chance of an end right behind the true answer, and anywhere before.
+    ends = _generation_config(bench.model, bench.tokenizer, bench.settings.generation).eos_token_id
+    with rows.applied(bench.model):
+        read = _end_probabilities(bench.model, bench.shown, ends, bench.settings.generation.batch_size)
+    chances = (p.astype(np.float64).sum(axis=1) for p in read)
+    return np.mean([[p[-1], 1 - (1 - p[:-1]).prod()] for p in chances], axis=0)
+
+
+def _measured(bench, name, rows, result="") -> Candidate:
+    settings, ids = bench.settings, tuple(rows.ids.tolist())
+    read = (bench.model, bench.tokenizer, bench.develop, bench.prompt, rows)
+    bar = settings.progress and f"{name}: answering"
+    texts = translate(*read, generation=settings.generation, progress=bar)
+    scores, metric = score(texts, bench.develop, metrics=(settings.metric,)), settings.metric
+    p_end, early = map(float, _end_chances(bench, rows))
+    told = (scores["eos_rate"], p_end, early, scores["whole"][metric], scores["first_line"][metric])
+    return Candidate(
+        name, rows.mode, ids, tuple(token_text(bench.tokenizer, ids)), rows, *told, texts=tuple(texts), result=result
+    )
+
+
+def _tried(bench, base, name, mode, ids) -> Candidate:
+    if mode == "input_only" and not {*ids} & {i for e in bench.examples for i in e.ids[:-1]}:
+        same = {"rows": TunedRows.of(bench.model, ids), "result": "never read"}
+        said = {"ids": tuple(ids), "tokens": tuple(token_text(bench.tokenizer, ids))}
+        return replace(base, name=name, **said, **same)
+    training = replace(bench.recipe.partial, progress=bench.settings.progress)
+    rows = tune_rows(bench.model, ids, bench.examples, training, mode=mode, label=f"{name}: tuning")
+    return _measured(bench, name, rows)
+
+# %% ../nbs/18_stops.ipynb #e3d5a871
+def _fault(one: Candidate, base: Candidate, settings: MendSettings) -> str:  # why it does not mend
+    faults = {
+        one.result: one.result,
+        "ends too seldom": 2 * (1 - one.ends) > settings.tolerated + 1e-9,
+        "ends too early": one.early > settings.tolerated,
+        "harms first lines": base.first_line - one.first_line > settings.tolerance,
+    }
+    return next((fault for fault, applies in faults.items() if applies), "")
+
+
+def _compared(
+    tried: Sequence[Candidate], base: Candidate, references: Sequence[Pair | str], settings: MendSettings
+) -> tuple[Candidate, ...]:
+    faults = [_fault(one, base, settings) for one in tried]
+    mends = [one for one, fault in zip(tried, faults) if not fault]
+    best = max(mends, key=lambda one: one.whole, default=base)
+    systems = {one.name: (one.texts, "whole") for one in mends}
+    behind = {one.name: {best.name: 1, one.name: -1} for one in mends if one is not best}
+    found = simultaneous(systems, behind, references, metric=settings.metric) if behind else {}
+    equal = [one for one in mends if one is best or found[one.name].low <= 0]
+    chosen = min(equal, key=lambda one: (len(one.ids), -one.whole), default=None)
+    said = lambda one: "chosen" if one is chosen else "more rows" if one in equal else "whole score surely lower"
+    return tuple(replace(one, result=fault or said(one)) for one, fault in zip(tried, faults))
+
+# %% ../nbs/18_stops.ipynb #d86be51f
+def _source(model, tokenizer, train, fresh, prompt, settings) -> Calibration:
+    # The fresh sentences; refused if some were used, or if there are too few for any certificate.
+    floor, n = sentences_needed(settings.tolerated, settings.delta), len({p.loose for p in fresh})
+    must(
+        n >= floor,
+        f"{n} distinct fresh sentences can certify no rate of {settings.rate:g}: {floor} are needed, even if all of "
+        "them stop; add some, or ask for a lower rate",
+    )
+    asked = CertifySettings(prompt=prompt, generation=settings.generation, progress=settings.progress)
+    return Calibration(model, tokenizer, fresh, TunedRows.of(model, []), asked, _used(train))
+
+
+def _used(pairs) -> tuple[str, ...]:
+    return tuple(h for p in pairs for h in (p.hash, p.loose))
+
+
+def _share_ended(texts) -> float:
+    return float(np.mean([said.ended for said in texts]))
+
+
+def _certified(source, rows, train, fresh, settings) -> Certificate:
+    prints = {name: value for name, value in source.unmeasured.prints.items() if name != "reference"}
+    prints |= {"ticket": rows.fingerprint()}
+    asked = {"epsilon": settings.tolerated, "delta": settings.delta, "loss": "stopping"}
+    plan = _sealed({**asked, **prints, "sentences": sorted(source.unmeasured.hashes)})
+    spent = _spent(fresh, source.unmeasured, plan)
+    losses = replace(
+        source.unmeasured,
+        values=np.array([not said.ended for said in source.answers(rows)], dtype=float),
+        kind="stopping",
+        rows=tuple(rows.ids.tolist()),
+        made="its own rows" if len(rows) else "no rows: the model as it is",
+        prints=prints,
+    )
+    made = certify_agreement(losses, settings.delta, epsilon=settings.tolerated)
+    told = _told(SimpleNamespace(sentences=_used(train)), spent, settings.delta)
+    facts = {"plan": plan["hash"], "spent": sum(spent)}
+    return replace(made, assumptions=(*made.assumptions, *told), facts={**made.facts, **facts})
+
+# %% ../nbs/18_stops.ipynb #71c3b0fe
+def _mended(one: Candidate) -> str:
+    rows = f"{len(one.ids)} row{'s' * (len(one.ids) != 1)}"
+    return f"Mended by {rows} ({one.name}: {' '.join(one.tokens)})"
+
+
+def _promise(made: Any, settings: MendSettings) -> str:
+    least, sure = 100 - float(_percent(made.bound)), 100 * float(_sure(settings.delta))
+    most = made.facts["fingerprints"]["max_new_tokens"]
+    within = f"stops within {most} new tokens on at least {least:.6g}% of such sentences"
+    asked = "" if made.holds else f"; {100 * settings.rate:.6g}% was asked for and is not certified"
+    return f"{within} ({sure:g}% sure, {made.n} fresh sentences){asked}"
+
+# %% ../nbs/18_stops.ipynb #b7720e5d
+@dataclass(frozen=True, eq=False)
+class Mended:
+    """What came of mending; printed, a sentence or two and the table of candidates.
+
+    Attributes
+    ----------
+    base : Candidate
+        The plain model on the sentences that candidates are compared on.
+    candidates : tuple of Candidate
+        What was compared; none if there was nothing to mend.
+    settings : MendSettings
+        What was asked.
+    ticket : Ticket or None
+        The chosen rows, tuned on all tuning sentences, with their certificate; None if there are none.
+    certificate : Certificate or None
+        How often the model with these rows (or as it is, if it needed none) has not stopped, at most; None if no
+        candidate mends.
+    before : float or None
+        The share of fresh sentences that the plain model ends in time.
+    lost : Decomposition or None
+        What the rows changed on the fresh sentences: stopping, and content.
+    """
+
+    base: Candidate
+    candidates: tuple[Candidate, ...]
+    settings: MendSettings
+    ticket: Ticket | None = None
+    certificate: Certificate | None = None
+    before: float | None = None
+    lost: Decomposition | None = None
+
+    @property
+    def ok(self) -> bool:
+        "Whether the rate that was asked for is certified."
+        return self.certificate is not None and self.certificate.holds
+
+    @property
+    def sentence(self) -> str:
+        "What came of it, on one line."
+        one = next((c for c in self.candidates if c.result == "chosen"), None)
+        if one:
+            return f"{_mended(one)}: {_promise(self.certificate, self.settings)}; before, {self.before:.1%} did"
+        if self.certificate:
+            return f"Nothing to mend, nothing was tuned: {_promise(self.certificate, self.settings)}"
+        return f"Not mended: none of {len(self.candidates)} candidates stops the model often enough and without harm"
+
+    def to_frame(self) -> pd.DataFrame:
+        "The base and the candidates as a table."
+        import pandas as pd
+
+        columns = {
+            "rows of": lambda c: c.name,
+            "rows": lambda c: len(c.ids),
+            "tokens": lambda c: " ".join(c.tokens),
+            "ends": lambda c: f"{c.ends:.0%}",
+            "P(end)": lambda c: f"{c.p_end:.3f}",
+            "early": lambda c: f"{c.early:.3f}",
+            "whole": lambda c: f"{c.whole:.1f}",
+            "first line": lambda c: f"{c.first_line:.1f}",
+            "result": lambda c: c.result,
+        }
+        lines = (self.base, *self.candidates)
+        return pd.DataFrame({title: [cell(c) for c in lines] for title, cell in columns.items()})
+
+    def _shown(self, form: str) -> str:  # form: "string" or "html"
+        table, lost = self.to_frame(), self.lost
+        words = [f"{self.sentence}.", *([f"On the fresh sentences: {lost.sentence}"] if lost else [])]
+        if form == "html":
+            return "\n".join([*(f"<p>{escape(line)}</p>" for line in words), table.to_html(index=False)])
+        return "\n".join([*words, text_table(table, 120)])
+
+    __repr__ = __str__ = partialmethod(_shown, "string")
+    _repr_html_ = partialmethod(_shown, "html")
+
+    def as_dict(self) -> dict[str, Any]:
+        "Everything but rows and texts, in plain types, ready for JSON."
+        lost = self.lost and {name: getattr(self.lost, name) for name in ("verdict", "sentence", "metric", "n")}
+        return {
+            "ok": self.ok,
+            "sentence": self.sentence,
+            "settings": asdict(self.settings),
+            "base": self.base.as_dict(),
+            "candidates": [one.as_dict() for one in self.candidates],
+            "certificate": self.certificate and json.loads(self.certificate.to_json()),
+            "before": self.before,
+            "lost": lost,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write the ticket folder, with the comparison in `mending.json`, whole or not at all.
+
+        Parameters
+        ----------
+        folder : str or Path
+            The folder to write.
+
+        Raises
+        ------
+        FileExistsError
+            If the folder holds something else.
+        ValueError
+            If there is no ticket.
+        """
+        if self.ticket is None:
+            raise ValueError(f"there is no ticket to write to {folder}. {self.sentence}")
+        record = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        self.ticket.save(folder, {"mending.json": f"{record}\n".encode()})
+
+# %% ../nbs/18_stops.ipynb #2d6ce94b
+def _bench(model, tokenizer, prompt, train, recipe, settings) -> _Bench:
+    # What candidates are tuned on and, copies apart, compared on.
+    distinct = list({p.loose: p for p in train}.values())
+    must(len(distinct) >= 10, f"{len(distinct)} distinct tuning sentences: give at least 10, to tune and to compare on")
+    order = np.random.default_rng(settings.seed).permutation(len(distinct))
+    develop = [distinct[i] for i in order[: min(settings.develop, len(distinct) // 5)]]
+    apart = {p.loose for p in develop}
+    examples = encode_all(tokenizer, prompt, [p for p in train if p.loose not in apart])
+    if settings.generation is None:
+        longest = max(len(e.ids) - e.prompt for e in encode_all(tokenizer, prompt, train))
+        settings = replace(settings, generation=Generation(2 * longest))
+    most = settings.generation.max_new_tokens
+    long = np.mean([len(e.ids) - e.prompt > most for e in examples])
+    must(
+        long <= settings.tolerated,
+        f"{long:.0%} of the true answers have more than {most} tokens, the limit within which {settings.rate:g} of all "
+        "must end: raise max_new_tokens",
+    )
+    shown = encode_all(tokenizer, prompt, develop)
+    return _Bench(model, tokenizer, prompt, recipe, settings, examples, develop, shown)
+
+
+def _ticket(bench, one, train) -> Ticket:  # the chosen rows, tuned on all sentences
+    recipe, examples = replace(bench.recipe, mode=one.mode), encode_all(bench.tokenizer, bench.prompt, train)
+    rows = partial_tune(bench.model, one.ids, examples, recipe, label=f"{one.name}: tuning on all sentences")
+    facts = Provenance.of(
+        bench.model, bench.tokenizer, one.ids, prompt=bench.prompt, recipe=recipe, pairs=train, examples=examples
+    )
+    facts = replace(facts, generation=bench.settings.generation)
+    return Ticket(np.array(one.ids), facts, rows, sentences=_used(train))
+
+# %% ../nbs/18_stops.ipynb #93d2ae60
+def mend_stops(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Pair],
+    fresh: Sequence[Pair],
+    prompt: Prompt,
+    *,
+    candidates: Mapping[str, tuple[str, Sequence[int]]] | None = None,
+    recipe: Recipe | None = None,
+    settings: MendSettings | None = None,
+) -> Mended:
+    """Tune the handful of rows that stops a model, and certify how often it stops.
+
+    The model is never changed. If it stops already, nothing is tuned, and what it does is certified.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that does not stop.
+    tokenizer : PreTrainedTokenizerFast
+        Its tokenizer; what it calls EOS is the end that is taught.
+    train : sequence of Pair
+        Sentences to tune on; a part of them is kept to compare candidates on.
+    fresh : sequence of Pair
+        Sentences for the certificate, which nothing else may have been done with.
+    prompt : Prompt
+        How the model is asked.
+    candidates : mapping of str to (str, sequence of int), optional
+        Name -> mode and token ids of the choices to compare; by default those of `row_candidates`.
+    recipe : Recipe, optional
+        Its Partial Tuning is used, whatever its mode; by default rate 1e-2, 2 epochs, batches of 10.
+    settings : MendSettings, optional
+        What is asked for.
+
+    Returns
+    -------
+    Mended
+        The ticket, what was compared, the certificate, and what the rows changed otherwise.
+
+    Raises
+    ------
+    ValueError
+        If there are too few sentences, a fresh one was used for tuning, answers are longer than may be generated, or a
+        sentence cannot be encoded, before anything is tuned; and if a training diverges.
+
+    References
+    ----------
+    Clopper and Pearson 1934 for the certificate. The choices, their comparison and the rule are this project's.
+    """
+    settings = settings or MendSettings()
+    recipe = recipe or Recipe(epochs_partial=2, batch_size=10, progress=settings.progress)
+    model = to_accelerator(model).eval()
+    bench = _bench(model, tokenizer, prompt, train, recipe, settings)
+    settings = bench.settings
+    source = _source(model, tokenizer, train, fresh, prompt, settings)
+    plain_rows = TunedRows.of(model, [])
+    base = _measured(bench, "base", plain_rows)
+    if not _fault(base, base, settings):
+        certificate = _certified(source, plain_rows, train, fresh, settings)
+        return Mended(base, (), settings, certificate=certificate, before=_share_ended(source.answers(plain_rows)))
+
+    choices = candidates or row_candidates(model, tokenizer, bench.examples, settings.most)
+    made = [_tried(bench, base, name, *choice) for name, choice in choices.items()]
+    tried = _compared(made, base, bench.develop, settings)
+    one = next((c for c in tried if c.result == "chosen"), None)
+    if one is None:
+        return Mended(base, tried, settings)
+    ticket = _ticket(bench, one, train)
+    certificate = _certified(source, ticket.rows, train, fresh, settings)
+    ticket.add_certificates([certificate])
+    before, after = source.answers(plain_rows), source.answers(ticket.rows)
+    lost = decompose(before, after, source.pairs, metric=settings.metric, tokenizer=tokenizer)
+    return Mended(base, tried, settings, ticket, certificate, _share_ended(before), lost)
