@@ -454,11 +454,13 @@ def _data_faults(look):
         said = f"no end token follows the learned words in {share} ({shown.where})"
         mend = f"let {look.template_file} write the end token" if look.by == "template" else ""
         yield look.found("end_not_appended", said, look.end[0], shown.where, mend)
-    elif shown.by is not None and shown.by == pad:
-        said = f"{name} is -100 in {share} ({shown.where}): pad is the same token, and labels of pad are masked"
+    elif shown.by is not None and pad in (None, shown.by):
+        same = "pad is the same token" if pad is not None else "the tokenizer has no pad token, and this one stood in"
+        said = f"{name} is -100 in {share} ({shown.where}): {same}, and labels of pad are masked"
         yield look.found("pad_masks_end", said, shown.by, shown.where)
     else:
-        said = f"{name} is -100 in {share} ({shown.where}), though pad is {'none' if pad is None else look.name(pad)}"
+        other = "" if pad is None else f", though pad is {look.name(pad)}"
+        said = f"{name} is -100 in {share} ({shown.where}){other}"
         mend = "let what the collator, or the template's generation block, leaves its label reach past the end token"
         yield look.found("pad_masks_end", said, shown.by, shown.where, mend)
 
@@ -497,7 +499,7 @@ def _disagreements(look):
 
 
 def _numbers(look):  # a token that has one number here and another there
-    if (end := look.end[0]) is None or not (look.folder / "tokenizer_config.json").exists():
+    if (end := look.end[0]) is None or look.tokenizer is None or not (look.folder / "tokenizer_config.json").exists():
         return
     stated = read_json(look.folder / "tokenizer_config.json", dict).get("added_tokens_decoder")
     text = look.tokenizer.convert_ids_to_tokens(end)
