@@ -33,7 +33,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kslottery import TicketBank, TunedRows
-from kslottery.adapters import lora_rank, module_names, write_adapter
+from kslottery.adapters import lora_rank, write_adapter
 from kslottery.core import write_json
 
 
@@ -71,9 +71,7 @@ def with_lora(model, names):
 
 def with_tickets(model, bank):
     "A copy of the model with each ticket as a LoRA, as PEFT loads it."
-    embedding, output = module_names(model)
-    facts = SimpleNamespace(model="", revision=None, embedding_module=embedding, output_module=output)
-    facts.V, adapted = len(model.get_input_embeddings().weight), None
+    facts, adapted = SimpleNamespace(model="", revision=None), None
     with tempfile.TemporaryDirectory() as room:
         for name, rows in bank.rows.items():
             (folder := Path(room, name)).mkdir()

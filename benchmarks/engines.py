@@ -19,7 +19,6 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kslottery import TunedRows
-from kslottery.adapters import module_names, write_gguf
+from kslottery.adapters import write_gguf
 from kslottery.core import write_json
 from kslottery.rows import is_tied
 
@@ -100,12 +99,6 @@ def made(kind, tied=False, seed=0, size=V):
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, vocab_size=size, initializer_range=0.1, tie_word_embeddings=tied, **KINDS[kind])
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def facts_of(model):
-    "What the writer asks of a ticket's provenance."
-    embedding, output = module_names(model)
-    return SimpleNamespace(V=len(model.get_input_embeddings().weight), embedding_module=embedding, output_module=output)
 
 
 def moved(model, mode, k=7, seed=0):
@@ -209,7 +202,7 @@ def compare(kind, mode, room, tied=False):
         if side is not None:
             table.weight.data[rows.ids] = side.detach()
     base_file(merged, room / "merged.gguf")
-    write_gguf(room / "adapter.gguf", facts_of(model), rows, model)
+    write_gguf(room / "adapter.gguf", rows, model)
     status, said, found, _ = run_engine(room / "base.gguf", [room / "adapter.gguf"], [[ids, [], 1], [ids, [[0, 1]], 1]])
     assert status == 0, said[-1000:]
     in_one = run_engine(room / "merged.gguf", [], [[ids, [], 1]])[2][0]
@@ -232,7 +225,7 @@ def several(room):
     base_file(model, room / "base.gguf")
     files = [room / "first.gguf", room / "second.gguf"]
     for file, rows in zip(files, (first, second)):
-        write_gguf(file, facts_of(model), rows, model)
+        write_gguf(file, rows, model)
     ids = [*first.ids.tolist(), *second.ids.tolist()]
     start, rest = ids[:-1], ids[-1:]
     passes = [[ids, [[0, 1]], 1], [ids, [[1, 1]], 1], [ids, [[0, 0.5]], 1], [ids, [[0, 1], [1, 1]], 1], [ids, [], 1]]
@@ -262,7 +255,7 @@ def refused(room):
         base_file(one, room / f"{name}.gguf")
     found = {}
     for name, one in (("wide", wide), ("tied", tied)):
-        write_gguf(room / "adapter.gguf", facts_of(one), moved(one, "input_only"), one)
+        write_gguf(room / "adapter.gguf", moved(one, "input_only"), one)
         base = room / ("base.gguf" if name == "wide" else "tied.gguf")
         found[name] = run_engine(base, [room / "adapter.gguf"], [[[1, 2, 3], [[0, 1]], 1]])[0]
     return {"another vocabulary": {3: "not loaded"}.get(found["wide"]), "tied": {-6: "abort"}.get(found["tied"])}
@@ -275,7 +268,7 @@ def quantised(room):
     ids = [1, *rows.ids.tolist(), 5]
     base_file(model, room / "base.gguf", quantised=True)
     base_file(rows.write(copy.deepcopy(model)), room / "merged.gguf", quantised=True)
-    write_gguf(room / "adapter.gguf", facts_of(model), rows, model)
+    write_gguf(room / "adapter.gguf", rows, model)
     plain, with_rows = run_engine(room / "base.gguf", [room / "adapter.gguf"], [[ids, [], 1], [ids, [[0, 1]], 1]])[2]
     merged = run_engine(room / "merged.gguf", [], [[ids, [], 1]])[2][0]
     rms = lambda a, b: float(np.sqrt(np.mean((a - b) ** 2)))

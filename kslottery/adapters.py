@@ -98,18 +98,19 @@ def module_names(model: Any) -> list[str]:
     return [next((name for name, module in model.named_modules() if module is table), "") for table in tables]
 
 
-def _by_side(facts, rows) -> dict[str, torch.Tensor]:  # what is read of the rows, by the module that reads it
-    both = {facts.embedding_module: rows.input, facts.output_module: rows.output}
-    return {name: side.detach().cpu().contiguous() for name, side in both.items() if side is not None}
+def _by_side(names, rows) -> dict[str, torch.Tensor]:  # what is read of the rows, by the module that reads it
+    sides = zip(names, (rows.input, rows.output))
+    return {name: side.detach().cpu().clone() for name, side in sides if name and side is not None}
 
 
-def _pairs(facts, rows, base, rank) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:  # A (rank, .) and B (., rank)
-    change = TunedRows(rows.ids.cpu(), rows.delta(base).cpu(), rows.mode)
-    ones = torch.zeros(rank, facts.V).index_put_((torch.arange(len(rows)), change.ids), torch.ones(()))
-    pad = (0, 0, 0, rank - len(rows))
-    sides = {name: torch.nn.functional.pad(side, pad) for name, side in _by_side(facts, change).items()}
-    first = facts.embedding_module
-    return {n: (ones, x.T.contiguous()) if n == first else (x, ones.T.contiguous()) for n, x in sides.items()}
+def _pairs(rows, base, rank) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:  # of a LoRA: A (rank, .) and B (., rank)
+    names, ids, pairs = module_names(base), rows.ids.cpu(), {}
+    for name, side in _by_side(names, TunedRows(ids, rows.delta(base).cpu(), rows.mode)).items():
+        ones = torch.zeros(len(base.get_submodule(name).weight), rank)
+        ones[ids, torch.arange(len(ids))] = 1
+        gains = torch.nn.functional.pad(side, (0, 0, 0, rank - len(ids)))
+        pairs[name] = (ones.T.contiguous(), gains.T.contiguous()) if name == names[0] else (gains, ones)
+    return pairs
 
 # %% ../nbs/11_adapters.ipynb #8ff13639
 def write_adapter(folder: Path, facts: Any, rows: TunedRows, base: Any = None) -> None:
@@ -134,18 +135,19 @@ def write_adapter(folder: Path, facts: Any, rows: TunedRows, base: Any = None) -
         "revision": facts.revision,
         "inference_mode": True,
     }
-    sides, config = _by_side(facts, rows), LoraConfig if base else TrainableTokensConfig
+    config: Any = TrainableTokensConfig if base is None else LoraConfig
     if base is None:
+        sides = _by_side((facts.embedding_module, facts.output_module), rows)
         where = [*sides][:1] if rows.mode == "shared" else [*sides]  # PEFT finds the tied end by itself
-        tensors = {f"{name}.trainable_tokens_delta": side.clone() for name, side in sides.items()}
+        tensors = {f"{name}.trainable_tokens_delta": side for name, side in sides.items()}
         about |= {"token_indices": rows.ids.tolist(), "target_modules": where}
     else:
-        rank, tensors = lora_rank(len(rows)), {}
-        for name, pair in _pairs(facts, rows, base, rank).items():
-            form = "{}.lora_embedding_{}" if name == facts.embedding_module else "{}.lora_{}.weight"
+        rank, tensors, prints = lora_rank(len(rows)), {}, {}
+        for name, pair in _pairs(rows, base, rank).items():
+            form = "{}.lora_embedding_{}" if name == module_names(base)[0] else "{}.lora_{}.weight"
             tensors |= {form.format(name, letter): one for letter, one in zip("AB", pair)}
-        about |= {"r": rank, "lora_alpha": rank, "target_modules": [*sides]}
-        prints = {name: fingerprint(base.get_submodule(name).weight.float()) for name in sides}
+            prints[name] = fingerprint(base.get_submodule(name).weight.float())
+        about |= {"r": rank, "lora_alpha": rank, "target_modules": [*prints]}
         (folder / "base.json").write_text(json.dumps(prints, indent=1) + "\n", encoding="utf-8")
     config(**about).save_pretrained(folder)
     stored = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
@@ -160,15 +162,13 @@ def _text(one: str) -> bytes:
     return struct.pack("<Q", len(one.encode())) + one.encode()
 
 
-def write_gguf(file: Path, facts: Any, rows: TunedRows, base: Any) -> None:
+def write_gguf(file: Path, rows: TunedRows, base: Any) -> None:
     """Write rows as an adapter file for llama.cpp (GGUF, version 3).
 
     Parameters
     ----------
     file : Path
         The file to write.
-    facts : Provenance
-        Where the rows came from.
     rows : TunedRows
         The rows.
     base : PreTrainedModel
@@ -185,8 +185,8 @@ def write_gguf(file: Path, facts: Any, rows: TunedRows, base: Any) -> None:
         f"such an adapter has not been tried in llama.cpp for a model of type {kind}, only for "
         f"{', '.join(_ENGINE_NAMES)}: merge the ticket and convert the model (kslottery merge)",
     )
-    for name, (a, b) in _pairs(facts, rows, base, len(rows)).items():
-        if name == facts.embedding_module:
+    for name, (a, b) in _pairs(rows, base, len(rows)).items():
+        if name == module_names(base)[0]:
             tensors |= {"token_embd.weight.lora_a": a.T.half(), "token_embd.weight.lora_b": b}
         else:
             tensors |= {"output.weight.lora_a": a, "output.weight.lora_b": b}
@@ -233,14 +233,16 @@ def _stored(folder, names) -> tuple[Any, list[Any]]:  # the configuration, and t
 
 
 def _gains(folder, about, tensors, tables) -> tuple[list[int], dict[int, Any]]:  # ids; what the rows of each side gain
+    halves, pairs = (tensors[:2], tensors[2:]), {}
     with sound(folder, _AGAIN):
         scale = about.lora_alpha / (math.sqrt(about.r) if about.use_rslora else about.r)
-        a, b = tensors[:2]
-        pairs = {} if a is None and b is None else {0: (a.T, b.T)}
-        pairs |= {} if tensors[2:] == [None, None] else {1: (tensors[2].clone(), tensors[3] * 1)}
+        for side, pair in enumerate(halves):
+            if any(one is not None for one in pair):
+                pairs[side] = [one.T if side == 0 else one.contiguous() for one in pair]
     ids: dict[int, None] = {}
     for side, (ones, x) in pairs.items():
-        (size, d), rank = tables[side].weight.shape, len(x)
+        size, d = tables[side].weight.shape
+        rank = x.numel() // d
         must(
             (ones.shape, x.shape) == ((size, rank), (rank, d)),
             f"{folder} is for another model: its matrices, {[*ones.shape]} and {[*x.shape]}, do not fit {size} x {d}",
@@ -281,7 +283,7 @@ def read_adapter(folder: str | Path, model: Any) -> tuple[list[int], TunedRows, 
     tokens, made_for = len(tensors) == 2, Path(folder, "base.json")
     if not tokens and os.path.lexists(made_for):
         known = read_json(made_for, dict, _AGAIN)
-        wrong = [n for n, t in zip(names, tables) if n in known and known[n] != fingerprint(t.weight.float())]
+        wrong = [n for n, t in zip(names, tables) if n and n in known and known[n] != fingerprint(t.weight.float())]
         must(not wrong, f"{folder} was made for a base with another {', '.join(wrong)}: load the model it was made for")
     ids, sides = (
         (about.token_indices, {n: one for n, one in enumerate(tensors) if one is not None})

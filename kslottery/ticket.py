@@ -847,7 +847,7 @@ class _Adapter(_Bound):
         ValueError
             If the form cannot hold the ticket, the model is of a type that has not been tried, and as `base`.
         """
-        facts, rows = self._held("gguf", untied)
+        _, rows = self._held("gguf", untied)
         must(
             (place := home_path(file)).parent.is_dir() and not os.path.lexists(place),
             f"{file} is there already, or its folder is not: name a new file in a folder that exists",
@@ -855,7 +855,7 @@ class _Adapter(_Bound):
         )
         base = self.base(model, tokenizer)[0]
         with whole_file(place) as part:
-            write_gguf(part, facts, rows, base)
+            write_gguf(part, rows, base)
 
     @classmethod
     def from_peft(cls, folder: str | Path, model: Any, tokenizer: Any) -> Self:

@@ -382,6 +382,7 @@ def world(room):
     toy_ticket(base).save(room / "ticket")
     scan_checkpoints(room / "base", room / "tuned").ticket().save(room / "bare")
     toy_ticket(base).save_peft(room / "adapter")
+    toy_ticket(base).save_peft(room / "lora", "lora", model=base, tokenizer=TOY)
     lines = [f"t{i} t5\tt7 t{i}" for i in range(20, 28)]
     (room / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
     (room / "fresh.tsv").write_text("\n".join(["source\ttarget", *(line.replace("t5", "t6") for line in lines)]) + "\n")
@@ -609,7 +610,7 @@ class Templates(Kind):
 
 class Checkpoints(Kind):
     def prepare(self):
-        self.files = {name: contents(self.room / name) for name in ("base", "tuned", "adapter")}
+        self.files = {name: contents(self.room / name) for name in ("base", "tuned", "adapter", "lora")}
         self.evil = b"import os\nopen(os.environ['KSLOTTERY_FUZZ_RAN'], 'w').close()\n"
         config = json.loads(self.files["base"]["config.json"])
         own = {
@@ -622,16 +623,16 @@ class Checkpoints(Kind):
         ]
         for what in ("load", "open", "all", "scan"):  # unchanged it works, and every fork has what is imported late
             self.use(self.room, "base", what, dict(criterion="ks", tensor=None, round=False, device=None, counts=None))
-        Ticket.from_peft(self.room / "adapter", self.base, TOY)
+        for name in ("adapter", "lora"):
+            Ticket.from_peft(self.room / name, self.base, TOY)
 
     def case(self, rng, here):
         if rng.random() < 0.15:
-            files = dict(self.files["adapter"])
-            done = [
-                change_file(rng, files, rng.choice(("adapter_config.json", "adapter_model.safetensors"))) for _ in "a"
-            ]
-            put(here / "adapter", files)
-            return [f"adapter/{d}" for d in done], partial(Ticket.from_peft, here / "adapter", self.base, TOY)
+            name = rng.choice(("adapter", "lora"))
+            files = dict(self.files[name])
+            done = change_file(rng, files, rng.choice(sorted(files)))
+            put(here / name, files)
+            return [f"{name}/{done}"], partial(Ticket.from_peft, here / name, self.base, TOY)
         base, tuned = dict(self.files["base"]), dict(self.files["tuned"])
         which, done = rng.choice((base, tuned, base)), []
         for _ in range(some(rng)):

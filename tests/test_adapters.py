@@ -342,8 +342,8 @@ def read_gguf(content):
 
 @pytest.mark.parametrize("kind, mode", MODES)
 def test_a_gguf_is_the_ticket(kind, mode, tmp_path):
-    model, rows, facts = ends(kind, mode)
-    write_gguf(tmp_path / "a.gguf", facts, rows, model)
+    model, rows, _ = ends(kind, mode)
+    write_gguf(tmp_path / "a.gguf", rows, model)
     values, tensors = read_gguf((tmp_path / "a.gguf").read_bytes())
     names = {"mistral": "llama", "gemma": "gemma3"}
     assert values == {
