@@ -6,11 +6,12 @@ python benchmarks/real.py [--model FOLDER] [--data FOLDER] [--runs runs/real] [-
 The model is en-de-short, its sentences are those of short/ (`make real`, where KSLOTTERY_MODELS and KSLOTTERY_DATA say
 where they are). A cell that is in the file already is taken over, and what a cell needs of others (trained rows, texts)
 lies in the folder of the runs, which is not for others: it holds sentences of the data. The file does not: numbers, ids
-and tokens only, and texts of a dozen sentences that are written below. All of it takes about half an hour on one core.
-With --fast the built-in small world stands in for model and data, and everything is tiny.
+and tokens only, and texts of a dozen sentences that are written below. All of it takes about three quarters of an hour
+on one core. With --fast the built-in small world stands in for model and data, and everything is tiny.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import tempfile
@@ -48,7 +49,7 @@ from kslottery import (
     score,
     translate,
 )
-from kslottery.audit import count_matched, jaccard
+from kslottery.audit import audit_models, count_matched, jaccard
 from kslottery.core import fingerprint, write_json
 from kslottery.data import INSTRUCTION, Role, token_counts, token_text
 from kslottery.decomposition import simultaneous
@@ -56,6 +57,7 @@ from kslottery.evaluation import first_line, paired_bootstrap, whole
 from kslottery.ks import critical_value, equal_move_null
 from kslottery.lottery import GRADIENT_SENTENCES, gradient_scan
 from kslottery.rows import TunedRows, sample_ids, weights_fingerprint
+from kslottery.stops import MendSettings, mend_stops
 from kslottery.training import Training
 from kslottery.tuning import active_ids, full_fine_tune, peft_tune, trainable_parameters
 
@@ -419,6 +421,92 @@ def audited(setting, ticket, name):
     }
 
 
+ANYTHING = (
+    "full",
+    "lora",
+    "embed",
+    "ks",
+    "one_row",
+    "mended",
+)  # the last two are chosen below, without a test sentence
+CHOOSING = 100  # so many tuning sentences say which single row is best
+FRESH = 800  # so many sentences are for the certificate of a mending
+
+
+def one_row(setting):
+    "The best of the single rows that an audit tunes alone: of the ticket's first, BOS and the line break."
+    ids, sample = [*setting.ks.ids[:4].tolist(), setting.lab.tokenizer.bos_token_id, setting.newline], setting.train
+    tuned = {i: setting.tuned(f"one-{i}", [i]) for i in dict.fromkeys(ids) if setting.counts[i]}
+    said = {i: setting.translated(rows, sample[:CHOOSING]) for i, rows in tuned.items()}
+    scores = {i: score(texts, sample[:CHOOSING])["whole"]["bleu"] for i, texts in said.items()}
+    tokens = dict(zip(tuned, token_text(setting.lab.tokenizer, [*tuned])))
+    best = max(scores, key=scores.__getitem__)
+    return tuned[best], {"chosen_from": {tokens[i]: scores[i] for i in scores}, "tokens": [tokens[best]]}
+
+
+def mended(setting):
+    "What `kslottery stops --mend` makes of the model."
+    lab, sizes = setting.lab, setting.sizes
+    few = {"rate": 0.5} if sizes.fast else {}
+    made = mend_stops(
+        lab.model,
+        lab.tokenizer,
+        setting.train,
+        lab.pairs("calibration", setting.languages)[:FRESH],
+        setting.prompt,
+        recipe=setting.recipe(sizes.rates[0]),
+        settings=MendSettings(generation=lab.generation, seed=setting.seed, progress=False, **few),
+    )
+    rows = made.ticket.rows if made.ticket else TunedRows.of(lab.model, [])
+    tried = {c.name: {"tokens": c.tokens, "ends": c.ends, "result": c.result} for c in made.candidates}
+    facts = {"said": made.sentence, "mode": rows.mode, "tried": tried}
+    return rows, facts | {"tokens": token_text(lab.tokenizer, rows.ids.tolist())}
+
+
+def door(setting, name):
+    "One tuning, audited as any tuned model is: rows are written into a copy of the model."
+    lab, facts = setting.lab, {}
+    if name in ("one_row", "mended"):
+        tuned, facts = {"one_row": one_row, "mended": mended}[name](setting)
+    else:
+        tuned = setting.arms()[name]()
+    numbers = trainable_parameters(tuned)
+    rows = tuned if isinstance(tuned, TunedRows) else ()
+    if isinstance(tuned, TunedRows):
+        tuned = rows.write(copy.deepcopy(lab.model)) if len(rows) else lab.model
+    settings = AuditSettings(generation=lab.generation, bootstrap=lab.bootstrap, progress=False)
+    own = {"train": setting.train, "tokenizer": lab.tokenizer, "out": setting.folder / f"any-{name}"}
+    found = audit_models(lab.model, tuned, setting.test, setting.prompt, settings=settings, **own)
+    scores, gain = found.scores["tuned"], found.decomposition
+    return {
+        "rows": len(rows),
+        "tuned_numbers": numbers,
+        **facts,
+        **{n: scores[n] for n in ("whole", "first_line", "eos_rate", "mean_length")},
+        "verdict": found.verdict,
+        "sentence": found.sentence,
+        **{name: plain(part) for name, part in (("gain", gain.whole), ("stopping", gain.stopping))},
+        "content": plain(gain.content),
+    }
+
+
+def side_by_side(setting):
+    "Differences in BLEU of these tunings, to the base and to full fine-tuning; the intervals of a kind hold together."
+
+    def texts(name, key):
+        kept = json.loads((setting.folder / f"any-{name}" / "arms" / f"{key}.json").read_text(encoding="utf-8"))
+        return [Translation(i, text, end, tuple(new)) for i, text, end, new in kept["translations"]]
+
+    said = {"base": texts(ANYTHING[0], "base")} | {name: texts(name, "tuned") for name in ANYTHING}
+    found = {}
+    for other, rule in itertools.product(("base", "full"), ("whole", "first_line")):
+        wanted = {name: {name: 1, other: -1} for name in said if name != other}
+        systems = {name: (one, rule) for name, one in said.items()}
+        tested = simultaneous(systems, wanted, setting.test, bootstrap=setting.lab.bootstrap)
+        found.setdefault(other, {})[rule] = {name: plain(interval) for name, interval in tested.items()}
+    return found
+
+
 def certified(setting, ticket, epsilon, ladder, reference=None):
     "The certificates of a ticket at one tolerance; all certificates of the file share a delta of 0.05."
     lab, delta = setting.lab, 0.05 / (3 * len(setting.sizes.epsilons))
@@ -488,6 +576,9 @@ def cells(lab):
     yield ("read_elsewhere",), lambda: elsewhere(probe, at(*rest[0], first))
     yield ("audits", "ks"), lambda: audited(probe, probe.ks, "ks")
     yield ("audits", "gradient"), lambda: audited(probe, probe.gradient, "gradient")
+    for name in ANYTHING:
+        yield ("anything", "arms", name), lambda n=name: door(probe, n)
+    yield ("anything", "differences"), lambda: side_by_side(probe)
     for epsilon in sizes.epsilons:
         yield (
             ("certificates", "ks", "transfer", f"{epsilon:g}"),

@@ -375,7 +375,7 @@ def _mark_recovery(ax, y, recovery, edges):
 
 
 def plot_audit(audit: Any, ax: Axes | None = None) -> Axes:
-    """Plot the ticket's gain, split into content and stopping, and what every other arm recovers of it.
+    """Plot the gain, split into content and stopping, and what every other arm recovers of it.
 
     Parameters
     ----------
@@ -393,7 +393,7 @@ def plot_audit(audit: Any, ax: Axes | None = None) -> Axes:
     ax, edges = _axes(ax, 7.5, 0.27 * len(shown) + 1.3), (-0.25, 1.5)
     share, metric = audit.decomposition.share.value, audit.decomposition.metric
     for y, arm in enumerate(shown):
-        if arm.name == "ticket" and share is not None:
+        if arm.name == arm.against and share is not None:
             stopping = np.clip(share, 0, 1)
             ax.barh(y, 1 - stopping, color=CONTENT, label="content", height=0.6)
             ax.barh(y, stopping, left=1 - stopping, color=STOPPING, label="stopping", height=0.6)
