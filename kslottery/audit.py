@@ -1178,7 +1178,7 @@ def audit_models(
     bench = SimpleNamespace(
         ticket=None,
         left_out={name: _NEEDS_ROWS for name in ARMS if name not in kept}
-        | {f"check {name}": "they compare arms that are left out, or need a scan" for name in SUSPICIONS},
+        | {f"check {name}": "they stand on arms that are left out, or on a scan" for name in SUSPICIONS},
         readers=readers,
         tokenizer=readers["base"],
         settings=replace(asked, arms=arms, prompt=prompt, generation=generation),
