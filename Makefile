@@ -11,8 +11,8 @@ JOBS ?= 1
 SCALE ?= 1
 
 .PHONY: help setup setup-browser setup-llama setup-harness hooks run run-real lint test test-full docs docs-serve \
-  export house notebooks dist clean fuzz faults bench-ks bench-bank bench-step bench-prefix engines audit-worlds stability \
-  verdict real
+  export house notebooks dist clean fuzz faults bench-ks bench-bank bench-step bench-prefix engines audit-worlds \
+  stability verdict real stops
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
