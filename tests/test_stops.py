@@ -290,7 +290,7 @@ def test_odd_files_are_notes_or_one_sentence(tmp_path):
     (folder / "chat_template.jinja").unlink()
     changed(folder / "tokenizer_config.json", added_tokens_decoder={"40": {"content": "</s>"}})
     report = examine_stops(folder)
-    assert report.ok or "is 40 in tokenizer_config.json" in str(report)
+    assert causes(report) == ["ends_disagree"] and "is 40 in tokenizer_config.json" in str(report)
     (folder / "tokenizer.json").unlink()
     report = examine_stops(folder, data=lines(tmp_path / "data.jsonl", TAUGHT))
     assert report.ok and "no tokenizer lies beside the checkpoint" in str(report) and report.ends == {2: "[2]"}
