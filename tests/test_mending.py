@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import kslottery.stops as mending
-from conftest import ROOT, TOY, tiny_model
+from conftest import ROOT, TOY, invoke, tiny_model
 from kslottery.babel import build_world
 from kslottery.core import load_model
 from kslottery.data import Pair, Prompt, Template, encode_all, load_pairs
@@ -269,3 +269,21 @@ def test_what_is_stored_follows_the_rule():
         assert made["ok"] and len(chosen["ids"]) == min(
             len(one["ids"]) for one in made["candidates"] if one["result"] in ("chosen", "more rows")
         )
+
+
+def test_the_command_says_whether_it_is_certified(mended, world, pairs, monkeypatch, tmp_path):
+    asked, name = [], lambda split: str(world.split(split))
+    monkeypatch.setattr(mending, "mend_stops", lambda *given, settings: (asked.append((given, settings)), mended)[1])
+    words = ("stops", world.folder, "--data", name("train"), "--template", "babel", "--languages", "Aldan-Borel")
+    status, said, error = invoke(*words, "--mend", "--fresh", name("dev"), "--out", tmp_path / "t", "--rate", 0.9)
+    assert status == 0 and mended.sentence in said and Ticket.load(tmp_path / "t").certificates, error
+    (_, _, train, fresh, prompt), settings = asked[0]
+    assert len(train) > 500 and train.origin and prompt == world.prompt and settings.rate == 0.9
+    assert {p.hash for p in fresh} == {p.hash for p in load_pairs(world.split("dev"))}
+    unsure = replace(mended, certificate=replace(mended.certificate, holds=False))
+    monkeypatch.setattr(mending, "mend_stops", lambda *given, settings: unsure)
+    status, said, _ = invoke(*words, "--mend", "--fresh", name("dev"), "--json")
+    assert status == 1 and json.loads(said)["ok"] is False and "is not certified" in json.loads(said)["sentence"]
+    for more in (["--mend"], ["--fresh", name("dev")], ["--mend", "--fresh", name("dev"), "--adapter", tmp_path]):
+        status, _, error = invoke(*words, *more)
+        assert status == 2 and "--mend" in error and error.count("\n") == 1
