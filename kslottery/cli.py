@@ -598,6 +598,23 @@ _Fast = Annotated[
 _Metric = Annotated[str, typer.Option(help="What the verdict counts in: bleu, chrf, chrf++, ter, spbleu or spbleu200.")]
 
 
+_Untuned = Annotated[
+    str, typer.Option(help="Sentence pairs that nothing was tuned on (default: what the ticket records).")
+]
+_Points = Annotated[float, typer.Option(help="Points of the metric that count as no change.")]
+_AuditOut = Annotated[
+    Path | None,
+    typer.Option(
+        callback=_home,
+        help="The folder for texts, numbers, report and figure (default: TICKET/audit; NAME-audit for what is no "
+        "ticket).",
+    ),
+]
+_Beams = Annotated[
+    int | None, typer.Option(min=1, help="Beams; 1 is greedy (default: as the ticket was evaluated, or 1).")
+]
+
+# %% ../nbs/22_cli.ipynb #36e0f030
 def _subject(subject, model, revision):  # a ticket and the model it is of, if that is loaded; or None and its base
     from kslottery.ticket import Ticket, is_ticket
 
@@ -636,24 +653,13 @@ def _say_audit(done, out, card, as_json):
 def audit(
     subject: _Subject,
     train: _Tuned = "",
-    test: Annotated[
-        str, typer.Option(help="Sentence pairs that nothing was tuned on (default: what the ticket records).")
-    ] = "",
+    test: _Untuned = "",
     fast: _Fast = False,
     metric: _Metric = "bleu",
-    delta: Annotated[float, typer.Option(help="Points of the metric that count as no change.")] = 1.0,
+    delta: _Points = 1.0,
     groups: _Groups = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            callback=_home,
-            help="The folder for texts, numbers, report and figure (default: TICKET/audit; NAME-audit for what is no "
-            "ticket).",
-        ),
-    ] = None,
-    num_beams: Annotated[
-        int | None, typer.Option(min=1, help="Beams; 1 is greedy (default: as the ticket was evaluated, or 1).")
-    ] = None,
+    out: _AuditOut = None,
+    num_beams: _Beams = None,
     samples: Annotated[int, typer.Option(help="Bootstrap samples.")] = 1000,
     model: _Model = "",
     revision: _Revision = "",
