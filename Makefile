@@ -142,7 +142,7 @@ verdict: .venv/ready ## how often the verdict is wrong, 2,000 samples a cell (DA
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/verdict.py $(if $(DATA),--corpus $(DATA)/ntrex) \
 	  --out benchmarks/results/verdict.json
 
-real: .venv/ready ## the page "Real language": scan, arms, audit, certificate (MODEL=, DATA=<.../short>; half an hour)
+real: .venv/ready ## the page "Real language": scan, arms, audit, certificate (MODEL=, DATA=<.../short>; 45 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) \
 	  --out benchmarks/results/real.json
 

@@ -10,7 +10,7 @@ _ROOMS = {
     "data": "Pair Prompt encode_all load_pairs",
     "ks": "ks_scan",
     "plots": "plot_plan plot_scan",
-    "rows": "TunedRows",
+    "rows": "TunedRows add_tokens",
     "training": "Engine",
     "tuning": "Recipe embed_tune partial_tune partial_transfer",
     "evaluation": "Generation Translation translate score",
@@ -19,8 +19,9 @@ _ROOMS = {
     "ticket": "Ticket TicketBank",
     "checkpoints": "scan_checkpoints",
     "lottery": "find_ticket",
-    "audit": "AuditSettings audit_ticket",
+    "audit": "AuditSettings audit_models audit_ticket",
     "calibration": "CertifySettings certify_ticket plan_calibration",
+    "stops": "examine_stops mend_stops",
     "babel": "build_world",
 }
 _WHERE = {name: room for room, names in _ROOMS.items() for name in names.split()}  # the stub beside has it too

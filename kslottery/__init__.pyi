@@ -1,5 +1,5 @@
 # What type checkers and editors see: the names that __init__.py imports when they are used.
-from .audit import AuditSettings as AuditSettings, audit_ticket as audit_ticket
+from .audit import AuditSettings as AuditSettings, audit_models as audit_models, audit_ticket as audit_ticket
 from .babel import build_world as build_world
 from .calibration import (
     CertifySettings as CertifySettings,
@@ -20,7 +20,8 @@ from .evaluation import (
 from .ks import ks_scan as ks_scan
 from .lottery import find_ticket as find_ticket
 from .plots import plot_plan as plot_plan, plot_scan as plot_scan
-from .rows import TunedRows as TunedRows
+from .rows import TunedRows as TunedRows, add_tokens as add_tokens
+from .stops import examine_stops as examine_stops, mend_stops as mend_stops
 from .ticket import Ticket as Ticket, TicketBank as TicketBank
 from .training import Engine as Engine
 from .tuning import (
