@@ -13,7 +13,7 @@ import numpy as np
 from .core import must, to_accelerator
 from .data import Example, Pair, Prompt, encode_all, token_counts
 from .ks import Scan, scan_rows
-from .rows import _ADDED, TunedRows
+from .rows import TunedRows
 from .ticket import Provenance, Selection, Ticket, _check_end
 from .tuning import Recipe, active_ids, embed_tune, partial_tune
 
@@ -76,7 +76,7 @@ def _refuse(model, tokenizer, pairs, selection, recipe):
         f"the criterion {selection.criterion!r} has no p-values to compare with alpha: say by top_k how many of the "
         "best to take",
     )
-    _check_end(tokenizer.eos_token, _ADDED.get(model, ()), recipe.mode)
+    _check_end(tokenizer.eos_token, getattr(model, "kslottery_tokens", ()), recipe.mode)
     must(pairs, "there are no pairs: give at least one sentence and its translation to tune on")
     size = len(partial_tune(model, [], [], recipe).matrix(model))  # no rows: which asks whether the mode fits the model
     most = f"top_k is {selection.top_k} and the embedding has {size} rows: take at most that many"

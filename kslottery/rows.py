@@ -763,9 +763,6 @@ class TunedRows(_Rows):
         return TunedRows(self.ids, self.weight.detach() - delta + (apart[1] * length).flatten(1), self.mode)
 
 # %% ../nbs/04_rows.ipynb #766c332c
-_ADDED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> the tokens that it was given, in order
-
-
 def _mean_row(tensor, ids):
     # The mean of some rows of a matrix, or numbers of a vector, in its dtype.
     total = sum(tensor.detach()[ids[i : i + 1024]].double().cpu().numpy().sum(0) for i in range(0, len(ids), 1024))
@@ -819,18 +816,19 @@ def add_tokens(model: PreTrainedModel, tokenizer: Any, tokens: Iterable[str]) ->
     ValueError
         If a token is in the vocabulary already or is no text, or the output of an untied model is not linear.
     """
-    known, before = tokenizer.get_vocab(), _ADDED.get(model, ())
+    known, before = tokenizer.get_vocab(), getattr(model, "kslottery_tokens", ())
     tokens = [tokens] if isinstance(tokens, str) else [*tokens]
     ids, mode = _new_ids(tokenizer, tokens, known), "input_only" if is_tied(model) else "both"
     sizes = [len(table.weight) for table in _tables(model, mode)]
-    old = sorted(i for token, i in known.items() if i < min(sizes) and token not in before)
+    first = getattr(model, "kslottery_size", min(sizes))  # of the embedding, when it was given its first token
+    old = sorted(i for token, i in known.items() if i < first and token not in before)
     if min(sizes) <= max(ids):
         with quiet_transformers():
             model.resize_token_embeddings(max(*sizes, max(ids) + 1), mean_resizing=False)
-    for table in _tables(model, mode):
+    for table, size in zip(_tables(model, mode), sizes):
         for tensor in (table.weight, getattr(table, "bias", None)):
             if tensor is not None:
-                tensor.detach()[ids] = _mean_row(tensor, old)
+                tensor.detach()[[*range(size, len(tensor)), *ids]] = _mean_row(tensor, old)
     tokenizer.add_tokens(tokens, special_tokens=True)
-    _ADDED[model] = (*before, *tokens)
+    vars(model).update(kslottery_tokens=(*before, *tokens), kslottery_size=first)  # a copy of the model has them, too
     return ids

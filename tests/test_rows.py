@@ -713,16 +713,25 @@ def test_new_tokens_begin_at_the_mean_row(model, n, dtype):
     )
 
 
-def test_new_tokens_are_the_same_at_once_one_by_one_and_in_another_process():
-    "And with rows that were tuned between: so that a ticket finds its base again."
-    pairs = [(biased(), vocabulary()) for _ in range(2)]
+@pytest.mark.parametrize("n, scored", [(60, 64), (66, 64), (60, 60), (60, 70)])
+def test_new_tokens_are_the_same_at_once_one_by_one_and_in_a_copy(n, scored):
+    "Also where tokens have no row yet, or the output is of another length: so that a ticket finds its base again."
+    pairs = []
+    for _ in range(2):
+        pairs.append((biased(), vocabulary(n)))
+        pairs[-1][0].lm_head = torch.nn.Linear(16, scored).requires_grad_(False)
+        for p in pairs[-1][0].lm_head.parameters():
+            p.copy_(torch.arange(p.numel()).view(p.shape) / 100)
     add_tokens(*pairs[0], NEW + ["<a>", "<b>", "<c>"])
     add_tokens(*pairs[1], NEW[:1])
-    add_tokens(*pairs[1], [*NEW[1:], "<a>", "<b>", "<c>"])
-    (one, words), (two, others) = pairs
+    (one, words), (two, others) = pairs[0], copy.deepcopy(pairs[1])
+    add_tokens(two, others, [*NEW[1:], "<a>", "<b>", "<c>"])
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
-    assert words.backend_tokenizer.to_str() == others.backend_tokenizer.to_str() and len(one.lm_head.bias) == 65
-    assert torch.allclose(one.lm_head.bias[60:], one.lm_head.bias[:60].mean())
+    assert words.backend_tokenizer.to_str() == others.backend_tokenizer.to_str()
+    assert two.kslottery_tokens == (*NEW, "<a>", "<b>", "<c>") and len(one.lm_head.bias) == max(n + 5, scored)
+    known = min(n, 64)
+    for table in (one.get_input_embeddings().weight, one.lm_head.weight, one.lm_head.bias):
+        assert torch.allclose(table[n : n + 5], table[:known].mean(0), atol=1e-6)
 
 
 def test_tokens_that_cannot_be_new():
