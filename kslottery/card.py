@@ -72,12 +72,13 @@ model, tokenizer = load_model({{ repr(named) }}, {{ repr(facts.revision) }})
 {% if facts.added_tokens -%}
 add_tokens(model, tokenizer, ticket.provenance.added_tokens)
 {% endif -%}
-{% if facts.end_token in facts.added_tokens -%}
+{% if facts.end_token -%}
 tokenizer.eos_token = ticket.provenance.end_token
 {% endif -%}
 ticket.check(model, tokenizer)
 with ticket.rows.applied(model):
-    ...  # model.generate
+    ...  # model.generate{% if facts.end_token %}, with eos_token_id=tokenizer.eos_token_id{% endif %}
+
 ```
 {% endif %}
 {% if not k and ticket.advice -%}
@@ -150,7 +151,7 @@ def _making(ticket: Any, named: str) -> dict[str, Any]:  # what is None is not t
         "dtype": facts.dtype,
         "mode": ticket.mode,
         "new tokens": " ".join(facts.added_tokens) or None,
-        "end of a text": facts.end_token if facts.end_token in facts.added_tokens else None,
+        "end of a text": facts.end_token,
         "criterion": how and how.criterion,
         "top k": how and (how.top_k or None),
         "alpha": how and (None if how.top_k else how.alpha),

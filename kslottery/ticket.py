@@ -49,7 +49,7 @@ from kslottery.core import (
 from .data import Example, Prompt, token_counts, token_text
 from .evaluation import Generation
 from .ks import CRITERIA, Scan, critical_value
-from .rows import _ADDED, MODES, TunedRows, _token_ids, add_tokens, input_embedding, is_tied, read_rows
+from .rows import MODES, TunedRows, _token_ids, add_tokens, input_embedding, is_tied, read_rows
 from .tuning import Recipe
 
 # %% auto #0
@@ -396,7 +396,7 @@ class Provenance(_Facts):
             tied_embeddings=is_tied(model),
             embedding_module=modules[0],
             output_module=modules[1] if is_tied(model) or (recipe or Recipe()).mode != "input_only" else None,
-            added_tokens=_ADDED.get(model, ()),
+            added_tokens=getattr(model, "kslottery_tokens", ()),
             end_token=getattr(tokenizer, "eos_token", None),
             selection=selection,
             prompt=prompt,
@@ -427,7 +427,7 @@ def _check_sides(mode: str, facts: Provenance) -> None:
             f"rows of mode {mode} are for a model that does not tie input and output: whose are they?",
         ),
         (
-            mode not in ("head", "both") or facts.output_module,
+            mode == "input_only" or facts.output_module,
             f"rows of mode {mode} are read by an output that the provenance does not name: "
             "make it with a recipe of that mode",
         ),
@@ -687,7 +687,7 @@ def _prepare(facts: Provenance, model: Any, tokenizer: Any) -> None:  # a plain 
         must(end in tokenizer.get_vocab(), f"the ticket ends texts with {end!r:.40}, which its tokenizer does not have")
         tokenizer.eos_token, known = end, model.generation_config.eos_token_id
         ends = [tokenizer.eos_token_id, *([] if known is None else np.atleast_1d(known).tolist())]
-        model.generation_config.eos_token_id = [*dict.fromkeys(ends)]
+        model.config.eos_token_id = model.generation_config.eos_token_id = [*dict.fromkeys(ends)]
 
 
 class _Bound(_Told):
@@ -706,7 +706,7 @@ class _Bound(_Told):
         Raises
         ------
         ValueError
-            If embedding or tokenizer differ, or lack the tokens that the ticket brings along.
+            If embedding, tokenizer or its end of a text differ, or lack the tokens that the ticket brings along.
         """
         added = [*self.provenance.added_tokens]
         must(
@@ -721,6 +721,12 @@ class _Bound(_Told):
                 f"this ticket was made for another {name} (model {self.provenance.model or 'unnamed'}, fingerprint "
                 f"{made_for!s:.12}, not {mine:.12}): load the model it names",
             )
+        end, given = self.provenance.end_token, getattr(tokenizer, "eos_token", None)
+        must(
+            end in (None, given),
+            f"this ticket ends texts with {end!r:.40}, and the tokenizer with {given!r:.40}: take both model and "
+            "tokenizer from Ticket.base()",
+        )
 
     def check_pairs(self, pairs: Iterable) -> None:
         """Refuse other tuning data than the ticket's own.

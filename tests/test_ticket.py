@@ -824,7 +824,7 @@ def test_a_ticket_brings_its_tokens_along(kind, dtype, n, tmp_path):
     words_only(n).save_pretrained(tmp_path / "base")
     model, tokenizer = load_model(tmp_path / "base", device="cpu")
     end, other = add_tokens(model, tokenizer, ["<|im_end|>", "<|im_start|>"])
-    tokenizer.eos_token = "<|im_end|>"
+    model, tokenizer.eos_token = copy.deepcopy(model), "<|im_end|>"
     pairs, prompt = (
         [Pair(f"x:{i}", f"t{5 + i} t9", "t4 t7") for i in range(4)],
         Prompt("<|im_start|> {source} {target}"),
@@ -845,12 +845,17 @@ def test_a_ticket_brings_its_tokens_along(kind, dtype, n, tmp_path):
     base, own = again.base()
     again.check(base, own)
     assert own.eos_token_id == end and end in base.generation_config.eos_token_id
+    own.eos_token = "t2"
+    with pytest.raises(ValueError, match="ends texts with '<|im_end|>', and the tokenizer with 't2': .*Ticket.base"):
+        again.base(base, own)
+    own.eos_token = "<|im_end|>"
     assert all(torch.equal(a, b) for a, b in zip(base.state_dict().values(), model.state_dict().values()))
     status, said, error = invoke("merge", tmp_path / "t", "--out", tmp_path / "m")
     assert status == 0 and "<|im_start|>" in said, error
     whole, reader = load_model(tmp_path / "m", device="cpu")
     assert reader.eos_token_id == end and reader("t5 <|im_end|>")["input_ids"] == [5, end]
     assert end in whole.generation_config.eos_token_id and whole.config.vocab_size == facts.V
+    assert end in whole.config.eos_token_id
     asked, how = ["<|im_start|> t5 t9"], dict(max_new_tokens=9, do_sample=False, pad_token_id=0)
     with again.rows.applied(base), torch.no_grad():
         prompts = own(asked, return_tensors="pt")
