@@ -1028,13 +1028,26 @@ def _adapter_config(folder: Path) -> Any:
     return config
 
 
+@contextlib.contextmanager
+def _as_it_was(model):  # if the block fails: PEFT wraps modules in place
+    own = [*model.named_modules(remove_duplicate=False)][1:]
+    try:
+        yield
+    except Exception:
+        for name, module in own:
+            model.set_submodule(name, module)
+        vars(model).pop("peft_config", None)
+        raise
+
+
 def load_adapter(model: Any, folder: str | Path) -> Any:
     """Put a PEFT adapter onto its base, for evaluation.
 
     Parameters
     ----------
     model : PreTrainedModel
-        The plain base. Its modules are wrapped in place; `adapted.unload()` gives it back.
+        The plain base. Its modules are wrapped in place; `adapted.unload()` gives it back. If the adapter is refused,
+        it stays as it was.
     folder : str or Path
         What PEFT's `save_pretrained` wrote. Weights are read from safetensors only, and nothing is fetched.
 
@@ -1057,20 +1070,21 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     config = _adapter_config(place)
     with sound(place, "copy the adapter again"), safe_open(place / "adapter_model.safetensors", "np"):
         pass
-    mend = "name the base that it was tuned on (resized alike, if tokens were added)"
-    try:
-        with quiet_transformers(), warnings.catch_warnings(action="ignore"):
-            adapted = PeftModelForCausalLM(model, config)
-            found = adapted.load_adapter(str(place), "default", torch_device=str(model.device))
-    except Exception as error:  # PEFT has no error of its own for this
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(plain(f"{folder} does not fit this model ({said}): {mend}")) from error
-    lost, strange = found.missing_keys, found.unexpected_keys
-    if config.is_prompt_learning:  # these tensors are no parameters of the model
-        lost, strange = [], sorted({*strange} - {"prompt_embeddings"})
-    must(
-        not lost and not strange,
-        f"{folder} does not fit this model: it lacks {len(lost)} tensors, and {len(strange)} find no place "
-        f"({', '.join([*lost, *strange][:2])}): {mend}",
-    )
+    mend = "name the base that it was tuned on (resized alike, if tokens were added), or copy the adapter again"
+    with _as_it_was(model):
+        try:
+            with quiet_transformers(), warnings.catch_warnings(action="ignore"):
+                adapted = PeftModelForCausalLM(model, config)
+                found = adapted.load_adapter(str(place), "default", torch_device=str(model.device))
+        except Exception as error:  # PEFT has no error of its own for this
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(plain(f"{folder} does not fit this model ({said}): {mend}")) from error
+        lost, strange = found.missing_keys, found.unexpected_keys
+        if config.is_prompt_learning:  # these tensors are no parameters of the model
+            lost, strange = [], sorted({*strange} - {"prompt_embeddings"})
+        must(
+            not lost and not strange,
+            f"{folder} does not fit this model: it lacks {len(lost)} tensors, and {len(strange)} find no place "
+            f"({', '.join([*lost, *strange][:2])}): {mend}",
+        )
     return adapted.eval().requires_grad_(False)

@@ -156,9 +156,13 @@ def resized(model):
 )
 def test_an_adapter_for_another_base_is_refused(adapter, name, other, words):
     folder, _ = adapter(name, tiny_model("llama"))
+    model = other()
+    before, said = [*model.named_modules()], model(torch.arange(5)[None]).logits
     with pytest.raises(ValueError, match=words) as caught:
-        load_adapter(other(), folder)
-    assert "\n" not in str(caught.value) and "tuned on" in str(caught.value)
+        load_adapter(model, folder)
+    assert "\n" not in str(caught.value) and "tuned on" in str(caught.value) and "copy" in str(caught.value)
+    assert [*model.named_modules()] == before and not hasattr(model, "peft_config")  # nothing is left in it
+    assert torch.equal(model(torch.arange(5)[None]).logits, said)
 
 
 def deeper(kind):
