@@ -210,9 +210,10 @@ _NAMES = {  # of what a ticket changes, given the names of the input embedding a
     "TRAINABLE_TOKENS": ("{0}.trainable_tokens_delta", "{1}.trainable_tokens_delta"),
     "LORA": ("{0}.lora_embedding_A", "{0}.lora_embedding_B", "{1}.lora_B.weight", "{1}.lora_A.weight"),
 }
+_READ = "r lora_alpha lora_dropout use_rslora target_modules token_indices revision task_type auto_mapping peft_version"
 
 
-def _stored(folder, names) -> tuple[Any, list[Any]]:  # the configuration, and those tensors, None where there is none
+def _stored(folder, names, tables) -> tuple[Any, list[Any]]:  # the configuration, and those tensors or None
     from peft import PeftConfig
 
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -226,8 +227,13 @@ def _stored(folder, names) -> tuple[Any, list[Any]]:  # the configuration, and t
         found, kind = load_file(readable_file(Path(folder, "adapter_model.safetensors"))), about.peft_type.value
     must(kind in _NAMES, f"{folder} holds a {kind} adapter: {_AUDIT}")
     known = [f"base_model.model.{name}".format(*names) for name in _NAMES[kind]]
-    own = [name for name in ("rank_pattern", "alpha_pattern") if getattr(about, name, None)]
-    strange = [*own, *(name for name in found if name not in known)]
+    for name, table in zip(names, tables):  # PEFT may have saved the whole embedding beside its rows
+        own = found.pop(f"base_model.model.{name}.base_layer.weight", None)
+        same = own is None or torch.equal(own, table.weight.detach().cpu().to(own.dtype))
+        must(same, f"{folder} was made for a base with another {name}: load the model it was made for")
+    usual, read = vars(type(about)()), {*_READ.split(), "base_model_name_or_path", "inference_mode"}
+    more = [name for name, value in vars(about).items() if value and name not in read and value != usual[name]]
+    strange = [*more, *(name for name in found if name not in known)]
     must(found and not strange, f"{folder}, a {kind} adapter, holds {', '.join(strange)[:160] or 'nothing'}: {_AUDIT}")
     return about, [found[name].float() if name in found else None for name in known]
 
@@ -278,8 +284,10 @@ def read_adapter(folder: str | Path, model: Any) -> tuple[list[int], TunedRows, 
     ValueError
         If it is another kind of adapter, one that changes more than rows of the embeddings, or one for another base.
     """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     tables, names, tied = [input_embedding(model), model.get_output_embeddings()], module_names(model), is_tied(model)
-    about, tensors = _stored(folder, names)
+    about, tensors = _stored(folder, names, tables)
     tokens, made_for = len(tensors) == 2, Path(folder, "base.json")
     if not tokens and os.path.lexists(made_for):
         known = read_json(made_for, dict, _AGAIN)
@@ -290,7 +298,13 @@ def read_adapter(folder: str | Path, model: Any) -> tuple[list[int], TunedRows, 
         if tokens
         else _gains(folder, about, tensors, tables)
     )
-    same = tied and 0 in sides and (tokens or (1 in sides and torch.equal(sides[0], sides[1])))  # PEFT stores it twice
+    with sound(folder, _AGAIN):
+        meant = {name for name, _ in model.named_modules() if check_target_module_exists(about, name)}
+    must(
+        meant == {names[side] for side in sides} or (tokens and tied and 0 in sides and meant == {names[0]}),
+        f"{folder} changes {', '.join(sorted(meant))[:160] or 'nothing'} and holds other tensors: {_AUDIT}",
+    )
+    same = tied and 0 in sides and (torch.equal(sides[0], sides[1]) if 1 in sides else tokens)  # PEFT stores it twice
     mode = "shared" if same else "both" if len(sides) == 2 else "head" if 1 in sides else "input_only"
     with sound(folder, _AGAIN):
         rows = TunedRows(ids, torch.cat([sides[0]] if same else [*sides.values()], 1), mode)

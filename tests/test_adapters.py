@@ -105,12 +105,22 @@ def test_adapters_that_are_no_tickets(tmp_path):
         ("fresh", at("embed_tokens", init_lora_weights=True), {}),
         ("patterns", at("embed_tokens", rank_pattern={"embed_tokens": 2}), {}),
         ("dora", at("embed_tokens", use_dora=True), {}),
+        ("queries too", at("embed_tokens", "q_proj"), {}),
+        ("whole head", at("embed_tokens", modules_to_save=["lm_head"]), {}),
+        ("invoked", at("embed_tokens"), {}),
         ("elsewhere", TrainableTokensConfig(token_indices=[3], target_modules=["q_proj"]), {}),
         ("wide", TrainableTokensConfig(token_indices=[3]), {"hidden": 32}),
         ("far", TrainableTokensConfig(token_indices=[70]), {"vocabulary": 80}),
         ("broad", at("embed_tokens"), {"vocabulary": 80}),
     ):
         trained(tmp_path / name, config, **more)
+    for name in ("queries too", "whole head", "invoked", "dora"):  # the configuration alone says so
+        file = tmp_path / name / "adapter_model.safetensors"
+        held = {n: v for n, v in load_file(file).items() if "lora_embedding" in n}
+        held["base_model.model.model.embed_tokens.lora_embedding_A"][:, 4:] = 0
+        save_file(held, file, {"format": "pt"})
+    config = tmp_path / "invoked" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"alora_invocation_tokens": [3]}))
     ticket_for(model).save_peft(tmp_path / "cut")
     whole = (tmp_path / "cut" / "adapter_model.safetensors").read_bytes()
     (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -119,7 +129,10 @@ def test_adapters_that_are_no_tickets(tmp_path):
         ("dense", ValueError, "changes 64 of 64 rows with a LoRA of rank 4: .*audit it"),
         ("fresh", ValueError, "changes 0 of 64 rows"),
         ("patterns", ValueError, "holds rank_pattern.*audit it"),
-        ("dora", ValueError, "magnitude.*audit it"),
+        ("queries too", ValueError, "q_proj and holds other tensors: .*audit it"),
+        ("whole head", ValueError, "holds modules_to_save:.*audit it"),
+        ("invoked", ValueError, "holds alora_invocation_tokens:.*audit it"),
+        ("dora", ValueError, "holds use_dora:.*audit it"),
         ("elsewhere", ValueError, "q_proj.*audit it"),
         ("wide", ValueError, "64 x 16"),
         ("far", ValueError, "70.*64 x 16"),
@@ -211,6 +224,23 @@ def test_a_ticket_folder_and_its_lora_at_either_end(kind, mode, tmp_path):
             assert getattr(back.provenance, fact) == getattr(ticket.provenance, fact)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rows_saved_with_their_embedding(kind, tmp_path):
+    "Read if the embedding is the model's own; on a tied model PEFT stores the rows twice, and both must agree."
+    a = get_peft_model(talker(kind), TrainableTokensConfig(token_indices=[9, 3], init_weights=False))
+    a.save_pretrained(tmp_path, save_embedding_layers=True)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    whole = [name for name in stored if name.endswith("base_layer.weight")]
+    assert whole and Ticket.from_peft(tmp_path, talker(kind), TOKENIZER).mode == natural(kind)
+    changes = [(whole[0], "made for a base with another .*: load")]
+    if kind in TIED:
+        changes.append(("base_model.model.lm_head.trainable_tokens_delta", "ties the two: use mode shared"))
+    for name, said in changes:
+        save_file(stored | {name: stored[name] + 1}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=said):
+            Ticket.from_peft(tmp_path, talker(kind), TOKENIZER)
+
+
 def test_ranks_that_engines_take(tmp_path):
     assert [lora_rank(k) for k in (1, 2, 8, 18, 257, 512, 513)] == [1, 8, 8, 32, 320, 512, 513]
     model = tiny_model("llama")
@@ -258,7 +288,7 @@ def test_ends_of_a_tied_model_that_differ(tmp_path):
     ):
         new = {name: change(name, v) for name, v in stored.items()}
         save_file({name: v for name, v in new.items() if v is not None}, path, {"format": "pt"})
-        with pytest.raises(ValueError, match="ties the two: use mode shared"):
+        with pytest.raises(ValueError, match="ties the two: use mode shared|holds other tensors"):
             read_adapter(tmp_path, model)
 
 
