@@ -787,7 +787,9 @@ def _generated(arm, bench, checkpoint, label):
 # What decides what a model says besides its numbers: its end tokens, and how an adapter uses its own.
 def _adapted(model) -> list[str]:
     known = getattr(model, "peft_config", {}).values()
-    facts = [{**one.to_dict(), "inference_mode": None, "base_model_name_or_path": None} for one in known]
+    facts: list[Any] = [{**one.to_dict(), "inference_mode": None, "base_model_name_or_path": None} for one in known]
+    parts = [part for part in model.modules() if known and isinstance(getattr(part, "active_adapters", None), list)]
+    facts += [[p.active_adapters, vars(p).get("_disable_adapters"), vars(p).get("scaling")] for p in parts]
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return [str(ends), *(json.dumps(one, sort_keys=True, default=lambda x: sorted(map(str, x))) for one in facts)]
 
