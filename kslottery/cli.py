@@ -615,38 +615,50 @@ _Beams = Annotated[
 ]
 
 # %% ../nbs/22_cli.ipynb #36e0f030
+def _tuned(folder, model, revision):  # the kind of an adapter, None for a checkpoint; its base, and the base's revision
+    adapter = folder / "adapter_config.json"
+    stated = read_json(adapter, dict) if adapter.is_file() else {}
+    named: Any = model or stated.get("base_model_name_or_path")
+    must(isinstance(named, str) and named, f"{folder} does not say which model was tuned: name it with --model")
+    return stated.get("peft_type"), named, revision or (None if model else stated.get("revision"))
+
+
 def _subject(subject, model, revision):  # a ticket and the model it is of, if that is loaded; or None and its base
     from kslottery.ticket import Ticket, is_ticket
 
     if is_ticket(subject):
         return Ticket.load(subject), {}
-    adapter = subject / "adapter_config.json"
     must(
-        adapter.is_file() or (subject / "config.json").is_file(),
+        any((subject / name).is_file() for name in ("adapter_config.json", "config.json")),
         f"{subject} holds no ticket.json, no adapter_config.json and no config.json: give the folder of a ticket, of a "
         "PEFT adapter or of a tuned checkpoint",
         FileNotFoundError,
     )
-    stated = read_json(adapter, dict) if adapter.is_file() else {}
-    named: Any = model or stated.get("base_model_name_or_path")
-    must(isinstance(named, str) and named, f"{subject} does not say which model was tuned: name it with --model")
-    which = revision or (None if model else stated.get("revision"))
-    if stated.get("peft_type") != "TRAINABLE_TOKENS":
+    kind, named, which = _tuned(subject, model, revision)
+    if kind != "TRAINABLE_TOKENS":
         return None, dict(zip(("base", "tokenizer"), load_model(named, which) if which else (named,)))
-    base, tokenizer = load_model(named, which)  # this adapter is a choice of rows: all arms can be run
-    return Ticket.from_peft(subject, base, tokenizer), {"model": base, "tokenizer": tokenizer}
+    base, tokenizer = load_model(named, which)
+    with suppress(ValueError):  # this adapter is a choice of rows: all arms can be run
+        return Ticket.from_peft(subject, base, tokenizer), {"model": base, "tokenizer": tokenizer}
+    return None, {"base": base, "tokenizer": tokenizer}
 
 
-def _say_audit(done, out, card, as_json):
-    _say(
-        done.as_dict(),
-        as_json,
-        *(f"{check.result:>11}  {check.finding}. {check.sentence}" for check in done.checks),
-        f"\nThe report, the figure and every text: {out}",
-        *card,
-        *("", *(f"* {line}" for line in done.lines)),
-        f"\n{done.sentence}",
-    )
+def _keep_audit(done, ticket, subject, out, as_json):  # ticket is None if there is no folder that keeps it
+    card = []
+    try:
+        if ticket:
+            ticket.add_audit(done.as_dict(), (out / "audit.png").read_bytes())
+            card.append(f"The card: {subject / 'README.md'}")
+    finally:  # what was found is said even if the ticket cannot keep it
+        _say(
+            done.as_dict(),
+            as_json,
+            *(f"{check.result:>11}  {check.finding}. {check.sentence}" for check in done.checks),
+            f"\nThe report, the figure and every text: {out}",
+            *card,
+            *("", *(f"* {line}" for line in done.lines)),
+            f"\n{done.sentence}",
+        )
 
 # %% ../nbs/22_cli.ipynb #46727b18
 @app.command()
@@ -699,13 +711,7 @@ def audit(
             done = kslottery.audit_ticket(_sourced(found, model, revision) if kept else found, fresh, **about, **more)
         else:
             done = audit_models(about.pop("base"), subject, fresh, prompt, **about, **more)
-        card = []
-        try:
-            if kept:
-                found.add_audit(done.as_dict(), (out / "audit.png").read_bytes())
-                card.append(f"The card: {subject / 'README.md'}")
-        finally:  # what was found is said even if the ticket cannot keep it
-            _say_audit(done, out, card, as_json)
+        _keep_audit(done, found if kept else None, subject, out, as_json)
 
 # %% ../nbs/22_cli.ipynb #74520e4c
 @app.command()
@@ -733,7 +739,7 @@ def merge(
         before = base.num_parameters()  # tied matrices count once
         rows.write(base).save_pretrained(work)
         added = (base.num_parameters() - before) * base.dtype.itemsize / 1e6
-        tokenizer.pad_token = load_tokenizer(source.model, source.revision).pad_token  # load_model may have named one
+        tokenizer.pad_token = tokenizer.init_kwargs.get("pad_token")  # load_model may have named another
         tokenizer.save_pretrained(work)
     record = {name: getattr(source, name) for name in ("model", "revision")}
     untied = (
@@ -803,16 +809,9 @@ def convert(
     else:
         usual = form == "trainable_tokens" and not untied
         must(usual, f"{source} is no ticket folder, and --as says how a ticket is written: leave it out")
-        adapter = source / "adapter_config.json"
-        stated = read_json(adapter, dict) if adapter.is_file() else {}
-        named: Any = model or stated.get("base_model_name_or_path")
-        must(
-            isinstance(named, str) and named,
-            f"{source} is neither a ticket folder nor a PEFT adapter that names its base model: "
-            "give another folder, or --model",
-        )
+        _, named, which = _tuned(source, model, revision)
         refuse_strangers(out, lambda path: False)  # before the model is loaded
-        Ticket.from_peft(source, *load_model(named, revision or None, device="cpu")).save(out)
+        Ticket.from_peft(source, *load_model(named, which, device="cpu")).save(out)
         _say({"out": str(out), "holds": "ticket"}, as_json, f"The ticket: {out}")
 
 # %% ../nbs/22_cli.ipynb #632a0376

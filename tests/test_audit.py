@@ -10,6 +10,7 @@ import time
 import weakref
 from dataclasses import FrozenInstanceError, replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +31,7 @@ from kslottery.audit import (
     SUSPICIONS,
     Arm,
     AuditSettings,
+    _adapted,
     audit_models,
     audit_ticket,
     count_matched,
@@ -933,6 +935,22 @@ def test_another_scale_of_an_adapter_is_another_model(tmp_path, monkeypatch):
     assert calls == ["tuned", "base", "tuned"]
 
 
+def test_the_adapter_in_use_its_scale_and_whether_it_is_in_use_are_another_model():
+    _, tuned = adapted("llama", "lora")
+    tuned.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    prints = [_adapted(tuned)]
+    tuned.set_adapter("other")
+    prints.append(_adapted(tuned))
+    tuned.set_adapter("default")
+    assert _adapted(tuned) == prints[0]
+    for layer in (m for m in tuned.modules() if hasattr(m, "set_scale")):
+        layer.set_scale("default", 3)
+    prints.append(_adapted(tuned))
+    with tuned.disable_adapter():
+        prints.append(_adapted(tuned))
+    assert len({*map(json.dumps, prints)}) == 4 and _adapted(tuned) == prints[2]
+
+
 @quiet
 def test_what_is_no_pair_is_refused_and_writes_nothing(tmp_path):
     model, tuned = adapted("llama", "lora")
@@ -1012,6 +1030,11 @@ def test_an_adapter_that_is_a_choice_of_rows_gets_a_tickets_arms(made, tmp_path,
         "rows-audit",
         "ticket",
     ]
+    config = TrainableTokensConfig(token_indices=[3], target_modules=["q_proj"], init_weights=False, **CAUSAL)
+    get_peft_model(load_model(str(world.folder))[0], config).save_pretrained("odd")  # rows of no embedding
+    status, said, error = invoke("audit", "odd", *words)
+    arms = {*json.loads(Path("odd-audit", "audit.json").read_text())["arms"]} if status == 0 else error
+    assert "tuned" in arms and "ticket" not in arms
     for subject, more, part in (
         ("rows", ("--test", ""), "a tuned model does not record its test data|the ticket does not record its test"),
         ("rows", ("--template", ""), "records no prompt"),

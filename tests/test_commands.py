@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import forks
 from conftest import ROOT, TIED, invoke, talker
-from kslottery import __version__, audit, cli
+from kslottery import __version__, audit, cli, ticket
 from kslottery.babel import World
 from kslottery.certificate import certify_agreement
 from kslottery.checkpoints import scan_checkpoints
@@ -163,7 +163,7 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path, monkeypatch):
         ("merge", "t", "--model", "nowhere/at/all"): "neither a checkpoint folder",
         ("peft", "none"): "empty",
         ("peft", "tied"): "ties input and output",
-        ("peft", "base"): "neither a ticket folder nor",
+        ("peft", "base"): "does not say which model was tuned",
         ("peft", "nameless"): "--model",
         ("peft", "nameless", "--model", "base"): "adapter_model.safetensors",
     }
@@ -448,7 +448,7 @@ def test_what_another_makes_meanwhile_stays(command, recorded, monkeypatch):
         return real(*given, **more)
 
     assert invoke("peft", folder, "--out", folder.parent / "a")[0] == 0
-    monkeypatch.setattr(cli, "load_model", slow)
+    monkeypatch.setattr(ticket if command == "merge" else cli, "load_model", slow)
     status, said, error = invoke(command, folder if command == "merge" else folder.parent / "a", "--out", out)
     assert status == 2 and said == "" and "something else" in error and not one_sentence(error), error
     assert os.listdir(out) == ["config.json"] and sorted(os.listdir(folder.parent)) == sorted(
@@ -463,7 +463,7 @@ def test_a_signal_unwinds_a_command(number, recorded):
     room = folder.parent
     code = """import signal, sys, time
 from pathlib import Path
-from kslottery import cli
+from kslottery import cli, ticket
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell without job control makes its children deaf
     signal.signal(number, signal.SIG_DFL)
 def load(*given, **more):
@@ -474,7 +474,7 @@ def load(*given, **more):
         Path("begun").unlink()
         time.sleep(0.3)
         Path("ended").touch()
-cli.load_model, sys.argv = load, ["kslottery", "merge", "t", "--out", "m"]
+ticket.load_model, sys.argv = load, ["kslottery", "merge", "t", "--out", "m"]
 cli.main()"""
     before = set(os.listdir(room))
     process = subprocess.Popen([*forks.PYTHON, code], cwd=room, stderr=subprocess.PIPE, text=True)
@@ -780,6 +780,7 @@ def test_no_bars_outside_a_terminal(tmp_path, monkeypatch):
             "rows": 2,
             "mode": "input_only",
             "added_megabytes": 0.0,
+            "added_tokens": [],
         }
     )
 
