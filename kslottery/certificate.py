@@ -169,11 +169,15 @@ _BRIEFLY = {
     "exact": "at most {}% of sentences translated otherwise than by the reference model",
     "share": "at most {}% of sentences translated otherwise than by the reference model",
     "tokens": "another next token than the reference model's at no more than {}% of positions",
-    "stopping": "at most {}% of sentences without an end in time",
+    "stopping": "at most {}% of sentences without an end in time, with {decoding}",
     "quality_difference": "at most {} chrF points lost on average",
     "quality_shortfall": "at most {} chrF points lacking on average, gains not counted",
     "loss": "a mean loss of at most {}%",
 }
+
+
+def _decoding(prints) -> str:
+    return "greedy decoding" if prints.get("num_beams", 1) == 1 else f"{prints['num_beams']} beams"
 
 
 def _headline(c: Certificate) -> str:
@@ -186,7 +190,8 @@ def _headline(c: Certificate) -> str:
     whose = f"{_rows(step['size'])}, {place}: " if c.kind == "ticket" else ""
     limit = step["bound"] if c.holds or facts.get("epsilon") is None else facts["epsilon"]
     part = f"{_part(facts['extraction'])}, " if facts.get("extraction") else ""
-    brief = _BRIEFLY.get(facts.get("loss", "loss"), _BRIEFLY["loss"]).format(_percent(limit))
+    decoding = _decoding(facts.get("fingerprints", {}))
+    brief = _BRIEFLY.get(facts.get("loss", "loss"), _BRIEFLY["loss"]).format(_percent(limit), decoding=decoding)
     said, needed = f"{sure}: {whose}{brief} ({part}{_count(c.n, c.unit)})", facts.get("needed", 0)
     few = f"at least {_count(needed, c.unit)} are needed" if c.n < needed else f"{_percent(step['bound'])} at best"
     return said if c.holds else f"{said} was not shown; {few}"
@@ -521,6 +526,7 @@ def _claim(losses: Losses, ticket: str, note: str = "") -> str:
     most, size = losses.prints.get("max_new_tokens"), losses.prints.get("batch_size", 1)
     parts = [
         _part(losses.extraction),
+        f"with {_decoding(losses.prints)}" if losses.kind == "stopping" else "",
         f"{'within' if losses.kind == 'stopping' else 'at most'} {most} tokens" if most else "",
         f"in batches of {size}" if size > 1 and losses.prints.get("dtype") in ("bfloat16", "float16") else "",
     ]
@@ -535,6 +541,7 @@ def _assumptions(losses: Losses, method: str = "auto") -> tuple[str, ...]:
     known = f"the sentences recorded with the ticket ({used}) are all that were used to tune, rank or select it"
     asked = "the caller is right that none of them was used to tune, rank or select anything"
     more = {
+        f"answers come by {_decoding(losses.prints)}: nothing is claimed about sampling": losses.kind == "stopping",
         "no loss can be other than 0 or 1": losses.kind not in _COUNTED and method == "clopper-pearson",
         f"{_count(repeats, 'repeat')} of a sentence were left out, and in that source, too, each counts once": repeats,
         f"each {unit} counts once, whatever its length: nothing is claimed about the mean over sentences": (

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .calibration import Calibration, CertifySettings, _sealed, _spent, _told
-from .certificate import Certificate, _inside, _percent, _sure, certify_agreement, sentences_needed
+from .certificate import Certificate, _decoding, _inside, _percent, _sure, certify_agreement, sentences_needed
 from .checkpoints import Checkpoint
 from kslottery.core import (
     home_path,
@@ -1021,11 +1021,16 @@ def _tried(bench, base, name, mode, ids) -> Candidate:
     return _measured(bench, name, rows)
 
 # %% ../nbs/18_stops.ipynb #e3d5a871
+def _seldom(one: Candidate, settings: MendSettings) -> bool:  # the certificate needs room
+    return 2 * (1 - one.ends) > settings.tolerated + 1e-9
+
+
 def _fault(one: Candidate, base: Candidate, settings: MendSettings) -> str:  # why it does not mend
     faults = {
         one.result: one.result,
-        "ends too seldom": 2 * (1 - one.ends) > settings.tolerated + 1e-9,
-        "ends too early": one.early > settings.tolerated,
+        "ends too seldom": _seldom(one, settings),
+        "ends too early": one.early - base.early > settings.tolerated,
+        "end not sure": one.p_end < _KNOWS,
         "harms first lines": base.first_line - one.first_line > settings.tolerance,
     }
     return next((fault for fault, applies in faults.items() if applies), "")
@@ -1046,6 +1051,16 @@ def _compared(
     return tuple(replace(one, result=fault or said(one)) for one, fault in zip(tried, faults))
 
 # %% ../nbs/18_stops.ipynb #d86be51f
+def _heeded(model, tokenizer) -> None:  # the end that is taught must be one at which the model's own generate stops
+    end, stated = tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = np.atleast_1d([] if stated is None else stated).tolist()
+    must(
+        end in stops,
+        f"{tokenizer.eos_token} ({end}), the tokenizer's eos_token, is taught, and the model's generation stops at "
+        f"{stops or 'no token'}: add {end} to generation_config.eos_token_id, or name the tokenizer's eos_token anew",
+    )
+
+
 def _source(model, tokenizer, train, fresh, prompt, settings) -> Calibration:
     # The fresh sentences; refused if some were used, or if there are too few for any certificate.
     floor, n = sentences_needed(settings.tolerated, settings.delta), len({p.loose for p in fresh})
@@ -1093,8 +1108,9 @@ def _mended(one: Candidate) -> str:
 
 def _promise(made: Any, settings: MendSettings) -> str:
     least, sure = 100 - float(_percent(made.bound)), 100 * float(_sure(settings.delta))
-    most = made.facts["fingerprints"]["max_new_tokens"]
-    within = f"stops within {most} new tokens on at least {least:.6g}% of such sentences"
+    prints = made.facts["fingerprints"]
+    within = f"stops with {_decoding(prints)} within {prints['max_new_tokens']} new tokens"
+    within += f" on at least {least:.6g}% of such sentences"
     asked = "" if made.holds else f"; {100 * settings.rate:.6g}% was asked for and is not certified"
     return f"{within} ({sure:g}% sure, {made.n} fresh sentences){asked}"
 
@@ -1282,8 +1298,9 @@ def mend_stops(
     Raises
     ------
     ValueError
-        If there are too few sentences, a fresh one was used for tuning, answers are longer than may be generated, or a
-        sentence cannot be encoded, before anything is tuned; and if a training diverges.
+        If generation does not stop at the end that is taught, there are too few sentences, a fresh one was used for
+        tuning, answers are longer than may be generated, or a sentence cannot be encoded, before anything is tuned;
+        and if a training diverges.
 
     References
     ----------
@@ -1291,13 +1308,14 @@ def mend_stops(
     """
     settings = settings or MendSettings()
     recipe = recipe or Recipe(epochs_partial=2, batch_size=10, progress=settings.progress)
+    _heeded(model, tokenizer)
     model = to_accelerator(model).eval()
     bench = _bench(model, tokenizer, prompt, train, recipe, settings)
     settings = bench.settings
     source = _source(model, tokenizer, train, fresh, prompt, settings)
     plain_rows = TunedRows.of(model, [])
     base = _measured(bench, "base", plain_rows)
-    if not _fault(base, base, settings):
+    if not _seldom(base, settings):
         certificate = _certified(source, plain_rows, train, fresh, settings)
         return Mended(base, (), settings, certificate=certificate, before=_share_ended(source.answers(plain_rows)))
 

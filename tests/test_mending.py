@@ -71,8 +71,10 @@ def test_what_is_certified_is_what_anybody_can_make_again(mended, world, loaded,
     missed = sum(not one.ended for one in said)
     assert made.facts["observed"] * made.n == pytest.approx(missed) and made.n == len({p.loose for p in fresh})
     assert mended.ok and made.bound == pytest.approx(1 - 0.05 ** (1 / made.n)) and missed == 0
-    assert "the model with the ticket (its own rows) has not stopped (within 40 tokens) is at most" in made.claim
+    assert "(its own rows) has not stopped (with greedy decoding, within 40 tokens) is at most" in made.claim
     assert f"at least {100 - np.ceil(1e4 * made.bound) / 100:.6g}% of such sentences" in mended.sentence
+    assert "nothing is claimed about sampling" in made.assumptions[3] and "with greedy decoding (40 s" in str(made)
+    assert "stops with greedy decoding within 40" in mended.sentence
     assert mended.lost.verdict == "stopping" and mended.before == 0
     (plan,) = json.loads(ledger.read_text())["plans"]
     assert plan["plan"] == made.facts["plan"] and plan["delta"] == 0.05
@@ -135,6 +137,13 @@ def test_it_is_refused_before_anything_is_answered(world, loaded, pairs, monkeyp
             ask(**wrong)
 
 
+def toy(kind, **shape):
+    "A tiny model whose generation stops where the toy tokenizer ends."
+    model = half_and_tied() if kind == "half and tied" else tiny_model(kind, **shape)
+    model.generation_config.eos_token_id = TOY.eos_token_id
+    return model
+
+
 def loud(model, token, factor=30):
     "A model whose head gives one token at every place."
     head = model.get_output_embeddings()
@@ -146,13 +155,25 @@ def loud(model, token, factor=30):
     return model
 
 
-def test_an_end_that_comes_too_early_is_no_mend():
-    model = loud(tiny_model("llama"), TOY.eos_token_id)
-    made = mend_stops(model, TOY, TOY_PAIRS[:20], TOY_PAIRS[20:], TOY_PROMPT, settings=TOY_SETTINGS)
-    assert made.base.ends == 1 and made.base.early == pytest.approx(1, abs=1e-6) == made.base.p_end
+def test_an_end_that_comes_too_early_is_no_mend(monkeypatch):
+    asked = (TOY, TOY_PAIRS[:20], TOY_PAIRS[20:], TOY_PROMPT)
+    made = mend_stops(loud(toy("llama"), TOY.eos_token_id), *asked, settings=TOY_SETTINGS)
+    assert made.base.early == pytest.approx(1, abs=1e-6) == made.base.p_end
+    assert made.ok and made.candidates == ()  # a model's own chances elsewhere are no fault: it stops
+    monkeypatch.setattr(mending, "_seldom", lambda one, settings: one.name == "base")
+    monkeypatch.setattr(mending, "_end_chances", lambda bench, rows: (0.9, 0.9 if len(rows) else 0.1))
+    made = mend_stops(loud(toy("llama"), 40), *asked, settings=TOY_SETTINGS)
     assert not made.ok and made.ticket is None and made.certificate is None
     assert {one.result for one in made.candidates} == {"never read", "ends too early"}
     assert made.sentence.startswith("Not mended") and not made.to_frame().empty
+
+
+@pytest.mark.parametrize("ends", [None, 2, [2, 5]])
+def test_an_end_at_which_generation_does_not_stop_is_never_taught(ends):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = ends
+    with pytest.raises(ValueError, match=r"t63 \(63\), the tokenizer's eos_token, is taught, and .* stops at"):
+        mend_stops(model, TOY, TOY_PAIRS[:30], TOY_PAIRS[30:], TOY_PROMPT, settings=TOY_SETTINGS)
 
 
 def test_chances_of_an_end_are_those_of_reading_the_true_answer():
@@ -177,7 +198,7 @@ def half_and_tied():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma", "half and tied"])
 def test_it_runs_on_every_family(kind):
-    model = half_and_tied() if kind == "half and tied" else tiny_model(kind)
+    model = toy(kind)
     recipe = Recipe(lr_partial=0.3, epochs_partial=1, batch_size=8, progress=False)
     made = mend_stops(model, TOY, TOY_PAIRS[:30], TOY_PAIRS[30:], TOY_PROMPT, recipe=recipe, settings=TOY_SETTINGS)
     names = {one.name: one for one in made.candidates}
@@ -211,7 +232,7 @@ def test_a_chat_template_has_places_of_its_own():
     tokenizer = copy.deepcopy(TOY)
     turns = "{% for m in messages %}t50 {{ m['content'] }} t63 {% endfor %}"
     tokenizer.chat_template = turns + "{% if add_generation_prompt %}t51 t52 {% endif %}"
-    prompt, model = Prompt(Template("turns", "{source}{target}", chat=True)), tiny_model("llama")
+    prompt, model = Prompt(Template("turns", "{source}{target}", chat=True)), toy("llama")
     examples = encode_all(tokenizer, prompt, TOY_PAIRS)
     found = row_candidates(model, tokenizer, examples, most=2)
     assert found["prompt's last token"] == ("input_only", [52]) and found["prompt's tail"] == ("input_only", [52, 51])
@@ -263,9 +284,11 @@ def test_what_is_stored_follows_the_rule():
         for one in made["candidates"]:
             late, early = 1 - one["ends"], one["early"]
             harm = base["first_line"] - one["first_line"] > asked["tolerance"]
-            mends = 2 * late <= 1 - asked["rate"] + 1e-9 and early <= 1 - asked["rate"] + 1e-9 and not harm
+            most = 1 - asked["rate"] + 1e-9
+            mends = 2 * late <= most and early - base["early"] <= most and one["p_end"] >= 0.5 and not harm
             assert mends == (one["result"] in ("chosen", "more rows", "whole score surely lower")), one
         (chosen,) = (one for one in made["candidates"] if one["result"] == "chosen")
+        assert "stops with greedy decoding within 60 new tokens" in made["sentence"]
         assert made["ok"] and len(chosen["ids"]) == min(
             len(one["ids"]) for one in made["candidates"] if one["result"] in ("chosen", "more rows")
         )
