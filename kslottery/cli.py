@@ -925,7 +925,9 @@ def _mended(report, model, tokenizer, data, fresh, out, prompt, settings, as_jso
     done = mend_stops(base, words, train, others, asked, settings=settings)
     if out and done.ticket:
         done.save(out)
-    _say(done.as_dict(), as_json, done, *([f"The ticket: {out}"] if out and done.ticket else []))
+    wrote = f"The ticket: {out}" if done.ticket else f"Nothing was written to {out}: there is no ticket"
+    record = done.as_dict() | {"findings": report.as_dict()["findings"]}
+    _say(record, as_json, *report.findings, done, *([wrote] if out else []))
     return done.ok
 
 # %% ../nbs/22_cli.ipynb #5d27e9f0

@@ -350,18 +350,16 @@ def checkpoint_health(checkpoint: Any, base: Any = None, *, tensor: str | None =
     """
     checkpoint, base = (c if c is None or isinstance(c, Checkpoint) else Checkpoint(c) for c in (checkpoint, base))
     names = {"input": (tensor and checkpoint.find(tensor)) or checkpoint.embedding()}
-    fits = lambda name: len(checkpoint[name].shape) == 2 and checkpoint[name].dtype in _FLOATS
-    must(
-        fits(names["input"]),
-        f"{names['input']} is no matrix of floats, but {checkpoint[names['input']].dtype}: "
-        "look at the checkpoint that was quantised",
-    )
-    rows, notes = checkpoint[names["input"]].shape[0], []
+    fits, notes = lambda matrix: len(matrix.shape) == 2 and matrix.dtype in _FLOATS, []
     if head := checkpoint.head():
-        if fits(head) and checkpoint[head].shape[0] == rows:
+        if fits(checkpoint[head]) and checkpoint[head].shape[:1] == checkpoint[names["input"]].shape[:1]:
             names["output"] = head
         else:
             notes.append(f"{head} was not looked at: it is quantised, or of another size")
+    earlier = [(base, base.find(name)) for name in names.values()] if base else []
+    for read, name in [(checkpoint, names["input"]), *(found for found in earlier if found[1])]:
+        said = f"{name} of {read.source} is no matrix of floats, but {read[name].dtype}"
+        must(fits(read[name]), f"{said}: look at the checkpoint that was quantised")
     tokenizer, before = checkpoint.tokenizer(), base and base.tokenizer()
     tokenizer = before if tokenizer is None else tokenizer
     health = row_health(

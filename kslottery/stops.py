@@ -163,7 +163,7 @@ class StopReport:
 def _stated(record):  # the end tokens that a configuration names, and what is wrong with how it names them
     value = record.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    odd = [i for i in ids if type(i) is not int or i < 0]
+    odd = [i for i in ids if type(i) is not int or not 0 <= i < 2**31]
     return [i for i in ids if i not in odd], f"{odd[0]!r:.40}, which is no token's number" if odd else ""
 
 
@@ -216,7 +216,6 @@ def _control(tokenizer):  # tokens that are no words: special ones, and those th
 
 # %% ../nbs/18_stops.ipynb #3907484f
 _SAMPLE = 256  # rows, with which one is compared
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 def _read(matrix, ids):  # rows of a matrix in a file, one at a time: nothing else is read
@@ -226,30 +225,30 @@ def _read(matrix, ids):  # rows of a matrix in a file, one at a time: nothing el
 class _Adapter:  # what a PEFT adapter brings: rows in place of the base's, or something that trains them
     def __init__(self, folder):
         self.folder = home_path(folder)
-        self.config = read_json(self.folder / "adapter_config.json", dict, "name the folder of a PEFT adapter")
+        config = read_json(file := self.folder / "adapter_config.json", dict, "name the folder of a PEFT adapter")
         self.tensors = Checkpoint(self.folder / "adapter_model.safetensors")
+        with sound(file, "save the adapter again"):
+            chosen = config.get("trainable_token_indices") or config.get("token_indices") or ()
+            chosen = chosen if isinstance(chosen, dict) else {"": chosen}
+            self.chosen = {place.split(".")[-1]: {*map(int, ids)} for place, ids in chosen.items()}
 
     def has_tokenizer(self):
         return any(self.folder.glob("tokenizer*"))
 
-    def matrix(self, name):  # in place of the base's, or None
-        whole = [n for n in self.tensors.names if n.endswith(f".{name}") or n == name]
+    def matrix(self, stem):  # in place of the base's, or None
+        whole = [n for n in self.tensors.names if n.endswith(f".{stem}.weight")]
         return self.tensors[whole[0]] if whole else None
 
-    def trains(self, name, token):  # by a delta of its own
-        stem, chosen = name.split(".")[-2], self.config.get("trainable_token_indices") or ()
-        chosen = chosen.get(stem, ()) if isinstance(chosen, dict) else chosen
-        lora = any(f".{stem}.lora_" in n for n in self.tensors.names)
-        return lora or token in chosen
+    def trains(self, stem, token):  # by a delta of its own, of all rows or of some
+        plain = (f".{stem}.weight", "base_layer.weight")
+        mine = [n for n in self.tensors.names if f".{stem}." in n and not n.endswith(plain)]
+        chosen = self.chosen.get(stem, self.chosen.get("", ()))
+        return any("trainable_tokens" not in n or token in chosen for n in mine)
 
 
-def _matrices(checkpoint, adapter):  # "head" and "input": name and matrix; tied, or without a head, it is one
-    heads, inputs = [n for n in checkpoint.names if n.endswith(_HEADS)], checkpoint.embeddings()
-    tied = checkpoint.tied or not heads
-    found = {"head": inputs if tied else heads, "input": [] if tied else inputs}
-    names = {side: names[0] for side, names in found.items() if len(names) == 1}
-    own = {side: adapter and adapter.matrix(name) for side, name in names.items()}
-    return {side: (name, own[side] or checkpoint[name]) for side, name in names.items()}
+def _matrices(checkpoint):  # the names of "head" and "input"; tied, or without a head, they are one
+    head, inputs = checkpoint.head(), checkpoint.embeddings()
+    return dict(zip(("head", "input"), [*filter(None, [head]), *(inputs if len(inputs) == 1 else [])]))
 
 
 def _others(tokenizer, size):  # ids to compare with: of ordinary tokens, and some that nobody may have trained
@@ -258,14 +257,6 @@ def _others(tokenizer, size):  # ids to compare with: of ordinary tokens, and so
     words, rest = np.setdiff1d(np.arange(known), control), np.r_[control[control < size], np.arange(known, size)]
     places = (part[-_SAMPLE * 7 // 24 :] for part in np.array_split(words, 3))  # few, as a disk reads ahead
     return np.concatenate([*places, rest[: _SAMPLE // 16], rest[-_SAMPLE // 16 :]]).tolist()
-
-
-def _odd(matrix, token, others, ends):  # how its row looks beside those of others, None if it is fine
-    from kslottery.health import odd_rows
-
-    row, sample = _read(matrix, [token]), _read(matrix, sorted({*others} - ends))
-    far, usual = (np.square(rows - sample.mean(0)).sum(1) for rows in (row, sample))  # rows are far from their mean
-    return odd_rows(row, sample)[0] or ("mean" if far[0] < np.median(usual) / 8 else None)
 
 # %% ../nbs/18_stops.ipynb #6d18ef9c
 @dataclass(frozen=True)
@@ -304,6 +295,8 @@ def _states(ids, labels, ends, blank):  # what became of the end after each stre
     for i, label in zip(ids, labels):
         if i in ends and open_:
             states.append(("learned" if label == i else "masked", i))
+        elif open_ and i not in blank and label == -100:
+            states.append(("missing", None))
         if i in ends or i not in blank:
             open_ = i not in ends and label != -100
     return states + [("missing", None)] * open_
@@ -316,11 +309,11 @@ def _state(states):  # of a record; one that was cut, or packed with others, has
     return last if last[0] != "missing" else (kept, by_state[kept])
 
 
-def _ended(look, ids, labels, blank):  # the state of one record; a control token at its very end is an end, too
+def _ended(look, ids, labels, blank):  # the state of one record; a control token learned at its very end is one, too
     ends, control = {*look.stops, look.end[0]}, set() if look.tokenizer is None else _control(look.tokenizer)
-    last = next((i for i in reversed(ids) if i in ends or i not in blank), None)
+    last = {i for i, label in [x for x in zip(ids, labels) if x[0] in ends or x[0] not in blank][-1:] if label == i}
     starts = {None if look.tokenizer is None else look.tokenizer.bos_token_id}
-    return _state(_states(ids, labels, ends | ({last} & control - starts), blank))
+    return _state(_states(ids, labels, ends | (last & control - starts), blank))
 
 
 def _blank(tokenizer, ids):  # those that show nothing, or fill up
@@ -410,8 +403,8 @@ class _Look:  # at the files of a checkpoint
         return next((name for name in files if (self.folder / name).exists()), "the chat template")
 
     @property
-    def taught(self):  # a trainer's own records teach an end
-        return self.shown if self.shown and self.by == "trainer" and self.shown.end == "learned" else None
+    def taught(self):  # a trainer's own records, or pairs without a template, teach an end
+        return self.shown if self.shown and self.by in ("trainer", "pairs") and self.shown.end == "learned" else None
 
     @property
     def end(self):  # the token that ends answers, and where that stands
@@ -425,7 +418,9 @@ class _Look:  # at the files of a checkpoint
 def _examples(tokenizer, data, prompt, limit):  # (where, ids, labels) each, and whose work they are
     if (records := _records(data, limit)) is None:
         pairs = load_pairs(data, prompt.languages, limit)
-        return [(e.id, e.ids, e.labels) for e in encode_all(tokenizer, prompt, pairs, 2**20)], "kslottery"
+        seen = "as kslottery encodes it; your trainer's labels were not seen"
+        coded = [(f"{e.id} ({seen})", e.ids, e.labels) for e in encode_all(tokenizer, prompt, pairs, 2**20)]
+        return coded, "chat" if prompt.template.chat else "pairs"
     if "input_ids" in records[0][1]:
         return [(where, *_coded(where, record)) for where, record in records], "trainer"
     return [(where, *_chat(tokenizer, where, record)) for where, record in records], "template"
@@ -451,7 +446,7 @@ def _data_faults(look):
     share, pad = f"{look.states[shown.end]} of {look.states.total()} examples", _pad(look)
     name = "every label" if shown.by is None else f"{look.name(shown.by)} is in input_ids, and its label"
     if shown.end == "missing":
-        said = f"no end token follows the learned words in {share} ({shown.where})"
+        said = f"no end token follows the learned words in {share}, or they were cut ({shown.where})"
         mend = f"let {look.template_file} write the end token" if look.by == "template" else ""
         yield look.found("end_not_appended", said, look.end[0], shown.where, mend)
     elif shown.by is not None and pad in (None, shown.by):
@@ -479,7 +474,9 @@ def _template_faults(look):
 
 def _disagreements(look):
     (end, place), stops, cause = look.end, look.name(*look.stops), "ends_disagree"
-    mend = f"write {end} into eos_token_id of generation_config.json and config.json" if end is not None else ""
+    known = [] if look.tokenizer is None else [i for i in look.stops if i in _control(look.tokenizer)]
+    (do, into), more = (("add", "to"), f", beside {look.name(*known)}") if known else (("write", "into"), "")
+    mend = "" if end is None else f"{do} {end} {into} eos_token_id of generation_config.json and config.json{more}"
     if look.fault:
         yield look.found(cause, f"eos_token_id in {look.file} is {look.fault}", None, look.file, mend)
     elif not look.stops and look.known:
@@ -519,20 +516,24 @@ _LOOKS = {
 
 
 def _row_faults(look, checkpoint, adapter):  # findings of the head's row, and as plain texts those of the input's
-    end, matrices = look.end[0], _matrices(checkpoint, adapter)
-    for side, (name, matrix) in matrices.items() if end is not None else ():
-        if adapter and adapter.trains(name, end):
+    from kslottery.health import odd_rows
+
+    end, names = look.end[0], _matrices(checkpoint)
+    for side, name in names.items() if end is not None else ():
+        stems = [name.split(".")[-2], *(("lm_head", "embed_out") if len(names) == 1 else ())]  # of one tied matrix
+        if adapter and any(adapter.trains(stem, end) for stem in stems):
             continue
+        brought = [adapter.matrix(stem) for stem in stems if adapter]
+        matrix, kind, said, more = next(filter(None, brought), checkpoint[name]), None, "", ""
         if not 0 <= end < matrix.shape[0]:
             said = f"{look.name(end)} has no row in {name}, which has {matrix.shape[0]:,}"
             more = "; the adapter brings no larger one (modules_to_save)" if adapter else ""
             kind = "no row"
         elif "float" in matrix.dtype and (others := _others(look.tokenizer, matrix.shape[0])):
-            kind = _odd(matrix, end, others, {end, *look.stops})
-            said = f"the row of {look.name(end)} in {name} is {_LOOKS.get(kind, kind)}"
+            sample = _read(matrix, sorted({*others} - {end, *look.stops}))
+            kind = odd_rows(_read(matrix, [end]), sample)[0]
+            said = f"the row of {look.name(end)} in {name} is {_LOOKS.get(kind or '', kind)}"
             more = ", and the adapter does not train it" if adapter else ""
-        else:
-            kind = None
         if kind and kind != "long":
             yield look.found("end_row_untrained", said + more, end, name) if side == "head" else said + more
 
@@ -543,6 +544,7 @@ def _notes(look, texts):
     ends, minority = {*look.stops, end}, Counter(look.states)
     minority.pop(look.shown.end if look.shown else "", None)
     named = "" if end is None else look.name(end)
+    ended = [look.template.id] if look.template and look.template.id is not None else []
     example = f", as it would {look.shown.ids.count(pad)} in {look.shown.where}" if look.shown else ""
     masking = "a collator that masks pad (DataCollatorForLanguageModeling) masks the end's label, too"
     return [
@@ -558,6 +560,10 @@ def _notes(look, texts):
             f"{look.file} go on": end in look.stops and look.known and end not in look.known,
             f"the tokenizer's eos_token is {look.name(*eos)}, at which generation does not stop: no target should end "
             "with it": end in look.stops and not ends.issuperset(eos),
+            f"{look.template_file} ends answers with {look.name(*ended)}, at which generation does not stop, as with a "
+            f"base model; for chats add it to eos_token_id, beside {look.name(*look.stops)}": (
+                look.taught and end in look.stops and ended and not ends.issuperset(ended)
+            ),
             **{f"{n} of {look.states.total()} examples have their end {state}": n for state, n in minority.items()},
             **{f"{text}: it matters for what stands after an end only": True for text in texts},
         }.items()
@@ -631,9 +637,9 @@ class Stopping:
     other : float
         The share that ends with a token at which generation does not stop.
     p_end : float
-        The mean probability of an end token, of any kind, right behind the reference.
+        The mean probability of an end token, of those at which generation stops, right behind the reference.
     p_each : dict of int to float
-        The same of each end token.
+        The same of each end token, of any kind.
     p_elsewhere : float
         The mean probability of an end token before the other tokens of the reference.
     scores : dict of str to float
@@ -675,7 +681,7 @@ class Stopping:
         )
 
 
-_STOPS, _KNOWS = 0.9, 0.5  # of continuations; of the probability at true ends
+_STOPS, _KNOWS, _FEW = 0.9, 0.5, 10  # of continuations; of the probability at true ends; sentences
 
 # %% ../nbs/18_stops.ipynb #9464ba7c
 def _end_probabilities(model, examples, ends, batch_size) -> list[np.ndarray]:  # (tokens of the target + 1, ends) each
@@ -743,15 +749,16 @@ def measure_stops(
     counted = accuracy([t.ended and t.tokens[-1] in stops for t in said])
     each = sorted({*stops, *ends})
     found = _end_probabilities(model, examples, each, generation.batch_size)
+    heeded = [n for n, i in enumerate(each[: found[0].shape[1]]) if i in stops]
     cut = forced_stop(said, [Translation(t.id, pair.target, True) for t, pair in zip(said, pairs)])
     bleu = {name: score(texts, pairs, metrics=["bleu"]) for name, texts in (("said", said), ("cut", cut))}
     return Stopping(
         n=len(pairs),
         rate=Interval(counted["accuracy"], *counted["ci"]),
         other=float(np.mean([t.ended and t.tokens[-1] not in stops for t in said])),
-        p_end=float(np.mean([p[-1].sum() for p in found])),
+        p_end=float(np.mean([p[-1, heeded].sum() for p in found])),
         p_each=dict(zip(each, np.mean([p[-1] for p in found], 0).tolist())),
-        p_elsewhere=float(np.mean(np.concatenate([p[:-1].sum(1) for p in found]))),
+        p_elsewhere=float(np.mean(np.concatenate([p[:-1, heeded].sum(1) for p in found]))),
         scores={
             "whole": bleu["said"]["whole"]["bleu"],
             "first line": bleu["said"]["first_line"]["bleu"],
@@ -763,15 +770,16 @@ def measure_stops(
 def _judged(report, measured):  # findings and notes
     rate, file = f"{measured.rate.value:.0%} of {measured.n} continuations end", report.model
     token = report.ends.get(report.end) or next(iter(report.ends.values()), None)
-    if report.findings or measured.stops:
+    if report.findings or (measured.stops and measured.n >= _FEW):
         return [], []
-    if measured.other > 1 / 2:
+    if measured.n < _FEW:
+        return [], [f"{rate}; so few tell nothing: give {_FEW} sentences or more"]
+    if measured.other > (1 - measured.rate.value) / 2:
         said = f"{measured.other:.0%} of {measured.n} continuations end with a token at which generation does not stop"
         return [Finding("ends_disagree", said, token, file)], []
-    if measured.p_end < _KNOWS:
-        said = f"P({token}) is {measured.p_end:.2g} at true ends and {rate}, and no other cause was found"
-        return [Finding("not_tuned_to_stop", f"{said} ({file})", token, file)], []
-    return [], [f"{rate}, though P(end) is {measured.p_end:.2f} behind a right answer: its own words lead it astray"]
+    why = "no other cause was found" if measured.p_end < _KNOWS else "so its own words lead it astray"
+    said = f"P({token}) is {measured.p_end:.2g} at true ends and {rate}, and {why} ({file})"
+    return [Finding("not_tuned_to_stop", said, token, file)], []
 
 
 def stop_sentences(

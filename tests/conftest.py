@@ -94,6 +94,13 @@ def tiny_model(kind, vocabulary=64, hidden=16, seed=0):
     return model.eval()
 
 
+def half_and_tied():
+    "A tiny Qwen2 in bfloat16 whose head is its input embedding."
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    return Qwen2ForCausalLM(Qwen2Config(**shape, intermediate_size=32, tie_word_embeddings=True)).bfloat16().eval()
+
+
 def talker(kind, **shape):
     """A tiny model with heavy blocks, whose greedy text depends on every row it reads.
 

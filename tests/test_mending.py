@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import kslottery.stops as mending
-from conftest import ROOT, TOY, invoke, tiny_model
+from conftest import ROOT, TOY, half_and_tied, invoke, tiny_model
 from kslottery.babel import build_world
 from kslottery.core import load_model
 from kslottery.data import Pair, Prompt, Template, encode_all, load_pairs
@@ -188,12 +187,6 @@ def test_chances_of_an_end_are_those_of_reading_the_true_answer():
             at_end.append(p[len(e.ids) - 2])
             before.append(1 - np.prod([1 - p[n] for n in range(e.prompt - 1, len(e.ids) - 2)]))
     assert mending._end_chances(bench, rows) == pytest.approx([np.mean(at_end), np.mean(before)], abs=1e-6)
-
-
-def half_and_tied():
-    torch.manual_seed(0)
-    shape = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    return Qwen2ForCausalLM(Qwen2Config(**shape, intermediate_size=32, tie_word_embeddings=True)).bfloat16().eval()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma", "half and tied"])
