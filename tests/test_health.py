@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conftest import MODELS, TIED, TOY, invoke, tiny_model
@@ -127,6 +128,14 @@ def test_special_tokens_that_moved_or_never_did(kind, tmp_path):
     assert json.loads(said)["health"] == json.loads(json.dumps(found.as_dict()))
     status, said, error = invoke("scan", tmp_path / "base", tmp_path / "tuned", "--out", tmp_path / "t")
     assert status == 0 and str(found) in said and "moved (input) t" in said
+
+
+def test_an_earlier_checkpoint_of_whole_numbers_is_refused_in_one_sentence(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "tuned")
+    tensors = {"model.embed_tokens.weight": torch.zeros(64, 16, dtype=torch.int8)}
+    save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match="embed_tokens.weight of .*base.safetensors is no matrix of floats, but I8"):
+        checkpoint_health(tmp_path / "tuned", tmp_path / "base.safetensors")
 
 
 def test_a_new_end_token_is_new(tmp_path):

@@ -189,7 +189,7 @@ def test_chances_of_an_end_are_those_of_reading_the_true_answer():
     assert mending._end_chances(bench, rows) == pytest.approx([np.mean(at_end), np.mean(before)], abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma", "half and tied"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma", "half and tied"])
 def test_it_runs_on_every_family(kind):
     model = toy(kind)
     recipe = Recipe(lr_partial=0.3, epochs_partial=1, batch_size=8, progress=False)
@@ -300,6 +300,15 @@ def test_the_command_says_whether_it_is_certified(mended, world, pairs, monkeypa
     monkeypatch.setattr(mending, "mend_stops", lambda *given, settings: unsure)
     status, said, _ = invoke(*words, "--mend", "--fresh", name("dev"), "--json")
     assert status == 1 and json.loads(said)["ok"] is False and "is not certified" in json.loads(said)["sentence"]
+    nothing = replace(mended, ticket=None)
+    found = mending.StopReport("m", {}, (mending.Finding("end_not_appended", "no end"),))
+    monkeypatch.setattr(mending, "mend_stops", lambda *given, settings: nothing)
+    monkeypatch.setattr(mending, "examine_stops", lambda *_, **__: found)
+    status, said, _ = invoke(*words, "--mend", "--fresh", name("dev"), "--out", tmp_path / "none")
+    assert (
+        status == 0 and said.startswith("end_not_appended: no end. Mend: append") and not (tmp_path / "none").exists()
+    )
+    assert f"Nothing was written to {tmp_path / 'none'}: there is no ticket" in said
     for more in (["--mend"], ["--fresh", name("dev")], ["--mend", "--fresh", name("dev"), "--adapter", tmp_path]):
         status, _, error = invoke(*words, *more)
         assert status == 2 and "--mend" in error and error.count("\n") == 1

@@ -434,6 +434,9 @@ def test_the_command(tmp_path):
     status, said, _ = invoke("stops", healthy, *asked, "--limit", 1)
     assert status == 0 and "0% of 1 continuations end; so few tell nothing: give 10 sentences or more" in said
     assert "pairs.jsonl:1 (as kslottery encodes it; your trainer's labels were not seen), its end learned" in said
+    fresh = lines(tmp_path / "fresh.jsonl", *[{"source": f"t8 t{i}", "target": "t11"} for i in range(10, 30)])
+    status, said, error = invoke("stops", broken, *asked, "--mend", "--fresh", fresh, "--rate", 0.7)
+    assert status == 1 and said.startswith("Not mended"), error  # its chat template is no fault where pairs are taught
     adapter = adapted(tmp_path / "adapter", healthy)
     words(eos="<|im_end|>").save_pretrained(adapter)
     status, said, _ = invoke("stops", healthy, "--adapter", adapter, *asked, "--limit", 4, "--json")
