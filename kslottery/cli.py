@@ -894,16 +894,22 @@ def babel(
     )
 
 # %% ../nbs/22_cli.ipynb #0ff023a0
-def _measured(report, model, adapter, tokenizer, data, prompt, limit, generation):
-    # What the model does on the sentences of the data; the report as it is where there are none.
-    from kslottery.stops import measure_stops, stop_sentences
+def _spoken(model, adapter, tokenizer, prompt, limit, *files):
+    # The model, its tokenizer, and for each file its sentences and how they are put.
+    from kslottery.stops import stop_sentences
 
     base, words = load_model(model)
-    if adapter:
-        base = load_adapter(base, adapter)
     place = tokenizer or (adapter if adapter and any(adapter.glob("tokenizer*")) else None)
     words = load_tokenizer(place) if place else words
-    pairs, prompt = stop_sentences(words, data, prompt, limit)
+    base = load_adapter(base, adapter) if adapter else base
+    return base, words, *(stop_sentences(words, file, prompt, limit) for file in files)
+
+
+def _measured(report, model, adapter, tokenizer, data, prompt, limit, generation):
+    # What the model does on the sentences of the data; the report as it is where there are none.
+    from kslottery.stops import measure_stops
+
+    base, words, (pairs, prompt) = _spoken(model, adapter, tokenizer, prompt, limit, data)
     ends = [] if report.end is None else [report.end]
     if not pairs or words.eos_token_id is None:
         return report
@@ -914,13 +920,11 @@ def _measured(report, model, adapter, tokenizer, data, prompt, limit, generation
 
 def _mended(report, model, tokenizer, data, fresh, out, prompt, settings, as_json):
     # Tunes the rows that stop the model, certifies them, and writes the ticket; whether that came out as asked.
-    from kslottery.stops import mend_stops, stop_sentences
+    from kslottery.stops import mend_stops
 
     disagree = [str(finding) for finding in report.findings if finding.cause == "ends_disagree"]
     must(not disagree, f"rows cannot mend what files say: {'; '.join(disagree)}")
-    base, words = load_model(model)
-    words = load_tokenizer(tokenizer) if tokenizer else words
-    (train, asked), (others, _) = (stop_sentences(words, path, prompt, None) for path in (data, fresh))
+    base, words, (train, asked), (others, _) = _spoken(model, None, tokenizer, prompt, None, data, fresh)
     must(train and others, "rows are tuned and certified on sentences, and records of input_ids are none: give those")
     done = mend_stops(base, words, train, others, asked, settings=settings)
     if out and done.ticket:

@@ -693,9 +693,11 @@ def _end_probabilities(model, examples, ends, batch_size) -> list[np.ndarray]:  
             read = examples[start : start + batch_size]
             batch = {name: value.to(model.device) for name, value in collate(read, 0).items()}
             seen = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            logits = model(**seen, use_cache=False).logits
+            keep = seen["input_ids"].shape[1] - min(e.prompt for e in read) + 1
+            logits = model(**seen, use_cache=False, logits_to_keep=keep).logits
+            left = seen["input_ids"].shape[1] - logits.shape[1]
             for j, e in enumerate(read):  # what stands behind each token from the last of the prompt on
-                said = logits[j, e.prompt - 1 : len(e.ids) - 1].float().softmax(-1)
+                said = logits[j, e.prompt - 1 - left : len(e.ids) - 1 - left].float().softmax(-1)
                 found.append(said[:, [i for i in ends if i < said.shape[1]]].cpu().numpy())
     return found
 
