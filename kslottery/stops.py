@@ -258,6 +258,14 @@ def _others(tokenizer, size):  # ids to compare with: of ordinary tokens, and so
     places = (part[-_SAMPLE * 7 // 24 :] for part in np.array_split(words, 3))  # few, as a disk reads ahead
     return np.concatenate([*places, rest[: _SAMPLE // 16], rest[-_SAMPLE // 16 :]]).tolist()
 
+
+def _odd(matrix, token, others):  # how its row looks beside those of others, None if it is fine
+    from kslottery.health import odd_rows
+
+    row, sample = _read(matrix, [token]), _read(matrix, sorted({*others}))
+    far, usual = (np.square(rows - sample.mean(0)).sum(1) for rows in (row, sample))  # a mean may be as long as a row
+    return odd_rows(row, sample)[0] or ("mean" if far[0] < np.median(usual) / 8 else None)
+
 # %% ../nbs/18_stops.ipynb #6d18ef9c
 @dataclass(frozen=True)
 class Shown:
@@ -516,8 +524,6 @@ _LOOKS = {
 
 
 def _row_faults(look, checkpoint, adapter):  # findings of the head's row, and as plain texts those of the input's
-    from kslottery.health import odd_rows
-
     end, names = look.end[0], _matrices(checkpoint)
     for side, name in names.items() if end is not None else ():
         stems = [name.split(".")[-2], *(("lm_head", "embed_out") if len(names) == 1 else ())]  # of one tied matrix
@@ -530,8 +536,7 @@ def _row_faults(look, checkpoint, adapter):  # findings of the head's row, and a
             more = "; the adapter brings no larger one (modules_to_save)" if adapter else ""
             kind = "no row"
         elif "float" in matrix.dtype and (others := _others(look.tokenizer, matrix.shape[0])):
-            sample = _read(matrix, sorted({*others} - {end, *look.stops}))
-            kind = odd_rows(_read(matrix, [end]), sample)[0]
+            kind = _odd(matrix, end, {*others} - {end, *look.stops})
             said = f"the row of {look.name(end)} in {name} is {_LOOKS.get(kind or '', kind)}"
             more = ", and the adapter does not train it" if adapter else ""
         if kind and kind != "long":
