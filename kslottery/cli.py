@@ -988,8 +988,9 @@ def stops(
 # %% ../nbs/22_cli.ipynb #394398d8
 @app.command()
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(help="Look at the rows of this checkpoint instead: a folder, a file or a Hub id.")
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Look at the rows of this checkpoint: a folder, a file or a Hub id."),
     ] = None,
     tokenizer: _Tokenizer = None,
     as_json: _Json = False,
@@ -998,11 +999,11 @@ def doctor(
 
     Example: kslottery doctor --json
     """
-    if model:
+    if checkpoint:
         from kslottery.checkpoints import Checkpoint
         from kslottery.health import checkpoint_health
 
-        health = checkpoint_health(Checkpoint(model, tokenizer))
+        health = checkpoint_health(Checkpoint(checkpoint, tokenizer))
         return _say(health.as_dict(), as_json, health)
     from kslottery.doctor import describe, examine
 

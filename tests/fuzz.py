@@ -992,7 +992,7 @@ class Options(Kind):
         for name, words in self.WORDS.items():  # unchanged they work, and every fork has what is imported late
             with contextlib.chdir(self.room / "plain"):
                 done = self.runner.invoke(app, [name, *words])
-            if done.exit_code != 0:
+            if done.exit_code > (name == "stops"):  # whose 1 says that a fault was found
                 raise RuntimeError(f"{name} does not even work: {done.stderr}")
             shutil.rmtree(self.room / "plain" / "new", ignore_errors=True)
         self.json = [

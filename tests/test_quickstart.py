@@ -266,7 +266,7 @@ VALUES = [
     ("max_new_tokens", 0, "max_new_tokens is 0"),
     ("epsilon", 2.0, "epsilon is 2.0"),
     ("delta", 0.0, "delta is 0.0"),
-    ("mode", "both", "mode is 'both'"),
+    ("mode", "neither", "mode is 'neither'"),
 ]
 
 
