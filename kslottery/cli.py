@@ -988,7 +988,7 @@ def stops(
 # %% ../nbs/22_cli.ipynb #394398d8
 @app.command()
 def doctor(
-    checkpoint: Annotated[
+    weights: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="Look at the rows of this checkpoint: a folder, a file or a Hub id."),
     ] = None,
@@ -999,11 +999,11 @@ def doctor(
 
     Example: kslottery doctor --json
     """
-    if checkpoint:
+    if weights:
         from kslottery.checkpoints import Checkpoint
         from kslottery.health import checkpoint_health
 
-        health = checkpoint_health(Checkpoint(checkpoint, tokenizer))
+        health = checkpoint_health(Checkpoint(weights, tokenizer))
         return _say(health.as_dict(), as_json, health)
     from kslottery.doctor import describe, examine
 
