@@ -1066,7 +1066,8 @@ class Options(Kind):
         said = [line for line in done.stderr.split("\n") if line.strip()]
         if done.exit_code not in (0, 1, 2):
             raise Broken(f"exit status {done.exit_code}")
-        if done.exit_code == 0:
+        found = words[0] == "stops" and done.exit_code == 1 and done.stdout.strip()  # an answer, as that of a test
+        if done.exit_code == 0 or found:
             if words[-1] == "--json" and words[-2][:2] != "--" and "--help" not in words:
                 with contextlib.suppress(ValueError):
                     json.loads(done.stdout)
